@@ -1,0 +1,18 @@
+"""Balancers: from the losses or gradients of ``T`` tasks to ``T`` weights. One method per file.
+
+>>> from lightning_mtl.balancers import available, load
+>>> load("fixed", num_tasks=2, weights=[1.0, 0.1])
+Fixed()
+"""
+
+from lightning_mtl.balancers.base import Balancer as Balancer
+from lightning_mtl.balancers.base import GramBalancer as GramBalancer
+from lightning_mtl.balancers.base import LossBalancer as LossBalancer
+from lightning_mtl.balancers.fixed import Fixed as Fixed
+from lightning_mtl.balancers.gradnorm import GradNorm as GradNorm
+from lightning_mtl.balancers.pcgrad import PCGrad as PCGrad
+from lightning_mtl.balancers.registry import BalancerSpec as BalancerSpec
+from lightning_mtl.balancers.registry import available as available
+from lightning_mtl.balancers.registry import load as load
+from lightning_mtl.balancers.registry import resolve as resolve
+from lightning_mtl.balancers.uncertainty import Uncertainty as Uncertainty

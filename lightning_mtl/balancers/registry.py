@@ -1,0 +1,130 @@
+"""From a name to a balancer: the file's name is the key."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_mtl.balancers.base import Balancer
+from lightning_mtl.checks import bad_argument, listed
+
+#: What users may pass as ``balancer=``.
+BalancerSpec = Callable[[int], Balancer] | Balancer | str | Mapping[str, Any]
+
+_PACKAGE = "lightning_mtl.balancers"
+_NOT_METHODS = {"base", "registry"}
+
+
+def available() -> list[str]:
+    """The short names of all balancers, sorted."""
+    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return sorted(name for name in found if name not in _NOT_METHODS)
+
+
+def load(name: str, num_tasks: int, **options: Any) -> Balancer:
+    """Build a balancer from its short name ("pcgrad"), class name ("PCGrad") or class path.
+
+    Args:
+        name: see above; a class path may lead outside the package ("my_project.MyBalancer").
+        num_tasks: ``T``.
+        options: the other arguments of its class.
+
+    Raises: ``ValueError`` if the name or an option is unknown; the message lists the valid ones.
+
+    Example:
+        >>> load("gradnorm", num_tasks=3, alpha=0.5).alpha
+        0.5
+    """
+    cls = _find(name)
+    valid = [key for key in inspect.signature(cls).parameters if key != "num_tasks"]
+    unknown = [key for key in options if key not in valid]
+    if unknown:
+        raise bad_argument(
+            cls.__name__,
+            unknown[0],
+            f"be one of its options ({listed(valid)})",
+            repr(unknown[0]),
+            "Correct the name",
+        )
+    return cls(num_tasks, **options)
+
+
+def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
+    """Turn whatever a user passed as ``balancer=`` into a balancer bound to the task names.
+
+    Args:
+        spec: a name as in :func:`load`, ``{"class_path": ..., "init_args": {...}}``, a balancer, or a callable
+            that makes one from the number of tasks.
+        names: the task names in order.
+
+    Raises: ``TypeError`` if it is none of these; ``ValueError`` if its task number or its options do not fit.
+    """
+    if isinstance(spec, Balancer):
+        balancer = spec
+    elif isinstance(spec, str):
+        balancer = load(spec, len(names))
+    elif isinstance(spec, Mapping):
+        extra = set(spec) - {"class_path", "init_args"}
+        if "class_path" not in spec or extra:
+            raise bad_argument(
+                "balancer", "balancer", "have the keys class_path and init_args", listed(spec), "Write it so"
+            )
+        balancer = load(spec["class_path"], len(names), **dict(spec.get("init_args") or {}))
+    elif callable(spec):
+        balancer = spec(len(names))
+    else:
+        balancer = spec
+    if not isinstance(balancer, Balancer):
+        raise bad_argument(
+            "balancer",
+            "balancer",
+            "be a name, a mapping with class_path, a Balancer or a callable that makes one",
+            type(balancer).__name__,
+            f"Choose one of {listed(available())}",
+            TypeError,
+        )
+    balancer.bind(names)
+    return balancer
+
+
+def _find(name: str) -> type[Balancer]:
+    if name in available():
+        return _class_in(name)
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            cls = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise _unknown(name) from error
+        if isinstance(cls, type) and issubclass(cls, Balancer):
+            return cls
+        raise _unknown(name)
+    for key in available():
+        cls = _class_in(key)
+        if cls.__name__ == name:
+            return cls
+    raise _unknown(name)
+
+
+def _class_in(key: str) -> type[Balancer]:
+    module = import_module(f"{_PACKAGE}.{key}")
+    (cls,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Balancer) and value.__module__ == module.__name__
+    ]
+    return cls
+
+
+def _unknown(name: str) -> Exception:
+    return bad_argument(
+        "balancer",
+        "balancer",
+        f"be one of {listed(available())}, the name of one of their classes, or the path of a Balancer class",
+        repr(name),
+        "Correct the name",
+    )

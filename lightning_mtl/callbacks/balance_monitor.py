@@ -1,0 +1,56 @@
+"""Log the balance of a step as scalars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_mtl.checks import check_number
+from lightning_mtl.linalg import conflict, cosines
+from lightning_mtl.types import Balance
+
+
+class BalanceMonitor(pl.Callback):
+    """Log weights, gradient norms and conflicts through ``self.log``, so that any logger carries them.
+
+    Modules built on ``Balanced`` add one by themselves; pass your own to the Trainer to change ``every_n_steps``.
+
+    Args:
+        every_n_steps: by default the Trainer's ``log_every_n_steps``.
+        cosines: whether to log the cosine of every pair of tasks (``T (T - 1) / 2`` scalars).
+
+    Logs ``balance/weight/{task}``, and where the balancer has a gram ``balance/norm/{task}``,
+    ``balance/cosine/{a}/{b}`` and ``balance/conflict``, the share of task pairs with a negative cosine.
+    Raises: ``ValueError`` if ``every_n_steps`` is not >= 1.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, cosines: bool = True) -> None:
+        if every_n_steps is not None:
+            check_number(every_n_steps, "every_n_steps", self, low=1)
+        self.every_n_steps, self.cosines = every_n_steps, cosines
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, in every n-th optimizer step."""
+        balance: Balance | None = getattr(pl_module, "last_balance", None)
+        every = self.every_n_steps or trainer.log_every_n_steps
+        if balance is not None and every and trainer.global_step % every == 0:
+            pl_module.log_dict(balance_scalars(balance, with_cosines=self.cosines), batch_size=1)
+
+
+def balance_scalars(balance: Balance, *, with_cosines: bool = True) -> dict[str, float]:
+    """The scalars of a balance by their log keys."""
+    names = balance.names
+    scalars = dict(zip((f"balance/weight/{name}" for name in names), balance.weights.tolist(), strict=True))
+    if balance.gram is not None:
+        norms = balance.gram.diagonal().clamp(min=0).sqrt().tolist()
+        scalars.update(zip((f"balance/norm/{name}" for name in names), norms, strict=True))
+        scalars["balance/conflict"] = conflict(balance.gram)
+        if with_cosines:
+            matrix = cosines(balance.gram).tolist()
+            for i, a in enumerate(names):
+                for j in range(i + 1, len(names)):
+                    scalars[f"balance/cosine/{a}/{names[j]}"] = matrix[i][j]
+    return scalars

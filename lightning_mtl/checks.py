@@ -1,0 +1,139 @@
+"""Every check of the package, and the one form of its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def bad_argument(
+    who: object, arg: str, expected: str, got: object, cure: str, kind: type[Exception] = ValueError
+) -> Exception:
+    """Build the error that the caller raises: ``Who: `arg` must <expected>, got <value>. <Cure>.``
+
+    Args:
+        who: the object whose argument is wrong (its class name is printed) or a name.
+        arg: the argument as the user wrote it.
+        expected: what follows "must".
+        got: what came.
+        cure: one sentence that says what to do, without its full stop.
+        kind: class of the error.
+    """
+    name = who if isinstance(who, str) else type(who).__name__
+    return kind(f"{name}: `{arg}` must {expected}, got {got}. {cure}.")
+
+
+def shape(tensor: object) -> str:
+    """A tensor's shape as ``[2, 3]``; the type's name for anything else."""
+    return str(list(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names for a message, sorted as given: ``'a', 'b'``; "none" if empty."""
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def check_num_tasks(num_tasks: int, owner: object) -> None:
+    if not isinstance(num_tasks, int) or num_tasks < 1:
+        raise bad_argument(
+            owner, "num_tasks", "be an integer >= 1", repr(num_tasks), "Pass the number of tasks"
+        )
+
+
+def check_losses(losses: Tensor, num_tasks: int, owner: object) -> None:
+    if losses.shape != (num_tasks,):
+        raise bad_argument(
+            owner,
+            "losses",
+            f"have shape [T] = [{num_tasks}]",
+            shape(losses),
+            "Stack one scalar loss per task",
+        )
+
+
+def check_gram(gram: Tensor, num_tasks: int, owner: object) -> None:
+    if gram.shape != (num_tasks, num_tasks):
+        raise bad_argument(
+            owner,
+            "gram",
+            f"have shape [T, T] = [{num_tasks}, {num_tasks}]",
+            shape(gram),
+            "Pass the inner products of the task gradients (rows @ rows.T), not the rows themselves",
+        )
+
+
+def check_rows(rows: Tensor, num_tasks: int, owner: object) -> None:
+    if rows.ndim != 2 or len(rows) != num_tasks:
+        raise bad_argument(
+            owner,
+            "rows",
+            f"have shape [T, N] with T = {num_tasks}",
+            shape(rows),
+            "Flatten and stack one gradient per task",
+        )
+
+
+def check_present(present: Tensor, num_tasks: int, owner: object) -> None:
+    if present.shape != (num_tasks,) or present.dtype != torch.bool:
+        raise bad_argument(
+            owner,
+            "present",
+            f"be a bool tensor of shape [T] = [{num_tasks}]",
+            f"{present.dtype} {shape(present)}",
+            "Pass True for each task that has a label in the batch",
+        )
+
+
+def check_choice(value: object, choices: Sequence[str], arg: str, owner: object) -> None:
+    if value not in choices:
+        raise bad_argument(owner, arg, f"be one of {listed(choices)}", repr(value), "Choose one of these")
+
+
+def check_number(value: object, arg: str, owner: object, *, low: float, exclusive: bool = False) -> None:
+    """A finite real number, at least (or, if ``exclusive``, above) ``low``."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if not (fine and value < float("inf") and (value > low if exclusive else value >= low)):  # type: ignore[operator]
+        sign = ">" if exclusive else ">="
+        raise bad_argument(
+            owner, arg, f"be a finite number {sign} {low:g}", repr(value), "Choose another value"
+        )
+
+
+def check_task_loss(loss: object, name: str, owner: object) -> None:
+    """A task's loss must be a scalar tensor with a graph."""
+    if not isinstance(loss, Tensor):
+        raise bad_argument(
+            owner,
+            f"losses['{name}']",
+            "be a scalar tensor",
+            type(loss).__name__,
+            "Return the loss tensor itself, without .item()",
+            TypeError,
+        )
+    if loss.ndim != 0:
+        raise bad_argument(
+            owner,
+            f"losses['{name}']",
+            "be a scalar (shape [])",
+            shape(loss),
+            "Reduce it with .mean() or .sum()",
+        )
+    if not loss.is_floating_point():
+        raise bad_argument(
+            owner,
+            f"losses['{name}']",
+            "be a floating-point scalar",
+            str(loss.dtype),
+            "Convert it with .float()",
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise bad_argument(
+            owner,
+            f"losses['{name}']",
+            "have a gradient",
+            "a tensor with requires_grad=False",
+            "Compute it from the model's output without detach() or no_grad(); "
+            "for a task without labels in this batch pass None",
+        )

@@ -1,0 +1,86 @@
+"""Where recipes live: found, described and copied without importing any of them."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning_mtl
+
+
+class RecipeError(ValueError):
+    """A recipe that is not there, or a place that it cannot be copied to."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe: a Python file, and beside it ``configs/<name>*.yaml``."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's name without ``.py``."""
+        return self.path.stem
+
+    @property
+    def description(self) -> str:
+        """The first line of the file's docstring."""
+        docstring = ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8")))
+        return (docstring or "").partition("\n")[0]
+
+    @property
+    def configs(self) -> list[Path]:
+        """Its YAML files, sorted."""
+        return sorted((self.path.parent / "configs").glob(f"{self.name}*.yaml"))
+
+
+def recipes() -> list[Recipe]:
+    """The recipes that came with the package, sorted by name."""
+    package = Path(lightning_mtl.__file__).parent
+    # In a wheel the recipes lie inside the package, in a checkout beside it.
+    home = next(
+        (place for place in (package / "_recipes", package.parent / "recipes") if place.is_dir()), None
+    )
+    return [Recipe(path) for path in sorted(home.glob("[!_]*.py"))] if home else []
+
+
+def find(name: str) -> Recipe:
+    """The recipe with this name, or the one in this ``.py`` file.
+
+    Raises: ``RecipeError`` if there is none; the message lists the names.
+    """
+    if name.endswith(".py"):
+        path = Path(name).resolve()
+        if path.is_file():
+            return Recipe(path)
+    known = {recipe.name: recipe for recipe in recipes()}
+    if name not in known:
+        raise RecipeError(
+            f"lightning-mtl: `recipe` must be one of {', '.join(map(repr, known)) or 'none'}, or the path of a "
+            f".py file, got {name!r}. Correct the name."
+        )
+    return known[name]
+
+
+def copy(recipe: Recipe, destination: str | Path, *, force: bool = False) -> list[Path]:
+    """Copy a recipe and its configs into a folder; returns the new files, the recipe first.
+
+    Raises: ``RecipeError``, before anything is copied, if a file is there already and ``force`` is not given.
+    """
+    target = Path(destination)
+    plan = {recipe.path: target / recipe.path.name}
+    plan |= {config: target / "configs" / config.name for config in recipe.configs}
+    taken = [str(path) for path in plan.values() if path.exists()]
+    if taken and not force:
+        raise RecipeError(
+            f"lightning-mtl: `folder` must not hold these files yet, got {', '.join(taken)}. "
+            "Choose another folder, or pass --force to overwrite them."
+        )
+    for source, path in plan.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path.exists() and path.samefile(source)):
+            shutil.copyfile(source, path)
+    return list(plan.values())

@@ -1,0 +1,255 @@
+"""The engine: a step and a balancer in, one scalar out whose backward is balanced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
+from lightning_mtl.checks import bad_argument, check_choice
+from lightning_mtl.engine.compiled import check_not_siblings
+from lightning_mtl.engine.deposit import deposit
+from lightning_mtl.engine.gather import RowExchange, mean_over_ranks, parts_gram, sum_gram
+from lightning_mtl.engine.rows import (
+    Grads,
+    HeadGrads,
+    add_up,
+    grad_of,
+    head_grads,
+    rows_from_losses,
+    rows_from_roots,
+    unflatten,
+    zeros_for,
+)
+from lightning_mtl.types import Balance, Step
+
+LEVELS = ("parameters", "features")
+Report = Callable[[Balance], None]
+
+
+@torch.compiler.disable
+def balanced_loss(
+    step: Step,
+    balancer: Balancer,
+    names: Sequence[str],
+    *,
+    level: str = "parameters",
+    weight_heads: bool = False,
+    report: Report | None = None,
+) -> Tensor:
+    """One scalar to return from ``training_step`` (or to call ``.backward()`` on).
+
+    Args:
+        step: losses, features, and who is shared.
+        balancer: a loss balancer makes an ordinary objective; a gram balancer one autograd node.
+        names: the ``T`` task names.
+        level: at which tensors the rows are taken, "parameters" or "features".
+        weight_heads: whether a gram balancer's weights apply to private parameters too.
+        report: called once per backward with what was done.
+
+    Returns: a scalar; its value is the objective of a loss balancer, else the plain sum of the losses.
+    Raises: ``ValueError`` if the level is unknown or does not fit the step.
+    """
+    check_choice(level, LEVELS, "level", "lightning_mtl")
+    if not any(loss.requires_grad for loss in step.losses):
+        return _stacked(step.losses).sum()
+    if isinstance(balancer, LossBalancer):
+        return _objective(step, balancer, tuple(names), report)
+    assert isinstance(balancer, GramBalancer)
+    check_not_siblings(list(step.losses), balancer)
+    if not step.shared and not step.shared_heads:
+        return _stacked(step.losses).sum()
+    if level == "features":
+        step = replace(step, private=[*step.shared_heads, *step.private], shared_heads=[])
+        _check_features(step)
+    return _Solver(step, balancer, tuple(names), level, weight_heads, report).loss()
+
+
+def _stacked(losses: Sequence[Tensor]) -> Tensor:
+    """The losses as ``[T]``, in float32 or better: sums and weights are not taken in half precision."""
+    return torch.stack([loss if loss.dtype == torch.float64 else loss.float() for loss in losses])
+
+
+def _objective(step: Step, balancer: LossBalancer, names: tuple[str, ...], report: Report | None) -> Tensor:
+    losses = _stacked(step.losses)
+    if not balancer.linear_in_losses:
+        # Weights are taken at the global losses, the gradients stay this rank's own.
+        losses = losses + (mean_over_ranks(losses.detach()) - losses).detach()
+    objective = balancer(losses, step.present)
+    if report is not None and losses.requires_grad:
+        scale: list[Tensor] = []
+        objective.register_hook(scale.append)
+
+        def weights_arrived(grad: Tensor) -> None:
+            report(Balance(names, losses.detach(), grad / scale.pop(), present=step.present))
+
+        losses.register_hook(weights_arrived)
+    return objective
+
+
+def _check_features(step: Step) -> None:
+    roots = step.roots
+    if roots is None or not all(isinstance(root, Tensor) for task in roots for root in task):
+        raise bad_argument(
+            "lightning_mtl",
+            "level",
+            'be "parameters" where the features are not known',
+            "'features'",
+            "Pass features=, the tensors that all heads read",
+        )
+    if any(task is not roots[0] for task in roots):
+        raise bad_argument(
+            "lightning_mtl",
+            "level",
+            'be "parameters" where each task has its own samples',
+            "'features' with one loader per task",
+            "Feature gradients of different samples cannot be compared; use level='parameters'",
+        )
+
+
+class _Solver:
+    """The backward of one step. Lives until that backward, then lets the graph go."""
+
+    def __init__(
+        self,
+        step: Step,
+        balancer: GramBalancer,
+        names: tuple[str, ...],
+        level: str,
+        weight_heads: bool,
+        report: Report | None,
+    ) -> None:
+        self.step, self.balancer, self.names, self.report = step, balancer, names, report
+        self.level, self.weight_heads = level, weight_heads
+        self.due = balancer.due
+        at_last_layer = level == "parameters" and balancer.gram_at == "last_layer"
+        if at_last_layer and self.due and not step.last_layer:
+            raise bad_argument(
+                balancer,
+                "last_layer",
+                "be known, because the norms are taken there",
+                "no last shared layer",
+                'Pass last_layer= (a module inside the encoder), norms_at="shared" or level="features"',
+            )
+        self.at_last_layer = at_last_layer
+        self.needs_rows = self.due and level == "parameters" and not at_last_layer
+
+    def loss(self) -> Tensor:
+        step = self.step
+        value = _stacked(step.losses).detach().sum()
+        if self.needs_rows or not self._roots_are_tensors():
+            return deposit(value, [*step.shared, *step.shared_heads, *step.private], self._parameters)
+        return deposit(value, [*self._distinct_roots(), *step.shared_heads, *step.private], self._features)
+
+    def _parameters(self, scale: Tensor) -> Grads:
+        """Gradients of shared, shared_heads and private, made here entirely."""
+        step = self.step
+        if step.roots is None:
+            exchange, apart = rows_from_losses(step, scale)
+            weights = self._weigh(self._gram_of_rows(exchange), scale)
+            return [*self._combine(exchange, weights), *self._private(apart, weights)]
+        heads = head_grads(step, scale, apart=self.weight_heads)
+        if self.needs_rows:
+            exchange = rows_from_roots(step, heads)
+            weights = self._weigh(exchange.local_gram(), scale)
+            return [*self._combine(exchange, weights), *self._private(heads.private, weights)]
+        weights = self._weigh(self._gram_of_heads(heads), scale)
+        seeds = self._weighted_roots(heads, weights)
+        shared = grad_of(self._distinct_roots(), step.shared, seeds, keep=False)
+        return [*shared, *add_up(heads.shared_heads, weights), *self._private(heads.private, weights)]
+
+    def _features(self, scale: Tensor) -> Grads:
+        """Gradients of the features, through which autograd goes on, and of shared_heads and private."""
+        heads = head_grads(self.step, scale, apart=self.weight_heads)
+        weights = self._weigh(self._gram_of_heads(heads), scale)
+        back = self._weighted_roots(heads, weights)
+        return [*back, *add_up(heads.shared_heads, weights), *self._private(heads.private, weights)]
+
+    def _weigh(self, gram: Tensor | None, scale: Tensor) -> Tensor:
+        """Ask the balancer, report, and bring the weights to where they are used: float64 ``[T]``."""
+        losses = torch.stack([loss.detach().double() for loss in self.step.losses])
+        present = self.step.present
+        total: Tensor | None = None
+        if gram is None:
+            weights = self.balancer.reuse(present)
+        else:
+            total, losses = sum_gram(gram, losses, scale)
+            weights = self.balancer(total, losses, present)
+        if self.report is not None:
+            self.report(Balance(self.names, losses, weights, total, present))
+        return weights.to(scale.device)
+
+    def _gram_of_heads(self, heads: HeadGrads) -> Tensor | None:
+        """From feature gradients: the gram there, at the last layer, or none if this step reuses its weights."""
+        step = self.step
+        if not self.due:
+            return None
+        assert step.roots is not None
+        parts = [
+            [zeros_for(root) if grad is None else grad for root, grad in zip(roots, grads, strict=True)]
+            for roots, grads in zip(step.roots, heads.roots, strict=True)
+        ]
+        if not self.at_last_layer:
+            return parts_gram(parts, disjoint=True)
+        layer = step.last_layer or []
+        rows = []
+        for roots, seeds in zip(step.roots, parts, strict=True):
+            grads = grad_of(roots, layer, seeds, keep=True)
+            rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, layer, strict=True)])
+        return parts_gram(rows, disjoint=False)
+
+    def _gram_of_rows(self, exchange: RowExchange) -> Tensor | None:
+        if not self.due:
+            return None
+        if not self.at_last_layer:
+            return exchange.local_gram()
+        exchange.wait()
+        layer = {id(parameter) for parameter in self.step.last_layer or []}
+        shared = [*self.step.shared, *self.step.shared_heads]
+        rows = [
+            [
+                view
+                for view, like in zip(unflatten(exchange[task], shared), shared, strict=True)
+                if id(like) in layer
+            ]
+            for task in range(len(self.names))
+        ]
+        return parts_gram(rows, disjoint=False)
+
+    def _combine(self, exchange: RowExchange, weights: Tensor) -> list[Tensor]:
+        """``weights @ rows`` of this rank; DDP averages the result, which is linear in the rows."""
+        rows = exchange.rows[:, : exchange.size]
+        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        update = torch.mv(wide.T, weights.to(wide.dtype)).to(rows.dtype)
+        return unflatten(update, [*self.step.shared, *self.step.shared_heads])
+
+    def _private(self, per_task: list[Grads], weights: Tensor) -> Grads:
+        return add_up(per_task, weights if self.weight_heads else None)
+
+    def _weighted_roots(self, heads: HeadGrads, weights: Tensor) -> Grads:
+        """What flows back into each distinct root."""
+        assert self.step.roots is not None
+        if self._common_roots():
+            return add_up(heads.roots, weights)
+        return [
+            None if grad is None else grad * weights[task].to(grad)
+            for task, grads in enumerate(heads.roots)
+            for grad in grads
+        ]
+
+    def _distinct_roots(self) -> list[Tensor]:
+        assert self.step.roots is not None
+        roots = self.step.roots[:1] if self._common_roots() else self.step.roots
+        return [root for task in roots for root in task]  # type: ignore[misc]  # edges only where grad_of takes them
+
+    def _common_roots(self) -> bool:
+        assert self.step.roots is not None
+        return all(task is self.step.roots[0] for task in self.step.roots)
+
+    def _roots_are_tensors(self) -> bool:
+        return self.step.roots is not None and all(
+            isinstance(r, Tensor) for task in self.step.roots for r in task
+        )

@@ -1,0 +1,52 @@
+"""Make several backwards over one compiled graph legal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.checks import bad_argument
+
+_TAG = "-several-backwards"
+
+
+def allow_several_backwards() -> None:
+    """Tell ``torch.compile`` not to reuse ("donate") buffers that a second backward over the graph would read.
+
+    Must run before the first forward of anything compiled; ``Balanced`` does it at fit start, plain loops call it
+    themselves. It is process-wide: what was compiled before is compiled again, and a tag keeps these graphs apart
+    in the caches on disk. Setting the flag alone is not enough: a cached graph with donated buffers would give
+    wrong gradients without an error.
+    """
+    import torch._functorch.config as functorch_config
+
+    if functorch_config.donated_buffer:
+        functorch_config.donated_buffer = False
+        torch.compiler.config.cache_key_tag += _TAG
+        torch._dynamo.reset()
+
+
+def several_backwards_allowed() -> bool:
+    """Whether :func:`allow_several_backwards` is in force."""
+    import torch._functorch.config as functorch_config
+
+    return not functorch_config.donated_buffer
+
+
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether the tensor is a direct output of a compiled graph."""
+    return "CompiledFunction" in type(tensor.grad_fn).__name__
+
+
+def check_not_siblings(losses: list[Tensor], owner: object) -> None:
+    """Refuse losses that are outputs of one compiled graph: their gradients cannot be told apart."""
+    nodes = [loss.grad_fn for loss in losses if is_compiled(loss)]
+    if len(nodes) > len(set(nodes)):
+        raise bad_argument(
+            owner,
+            "losses",
+            "come from graphs that can be told apart",
+            "several losses from one compiled graph",
+            "Compile the encoder and the heads instead of the whole module, or write "
+            "`z = lightning_mtl.boundary(encoder(x))` between them",
+        )

@@ -1,0 +1,40 @@
+"""Where the heads begin: features as any nested structure of tensors, and one leaf of them per head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+
+def tensors_of(features: Any) -> list[Tensor]:
+    """The tensors of a nested structure that carry a gradient, in a fixed order."""
+    leaves, _ = tree_flatten(features)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+@torch.compiler.disable
+def leaves_per_head(features: Any, num_heads: int) -> list[Any]:
+    """Copies of the structure whose differentiable tensors are fresh leaves (views, not copies of memory).
+
+    With a leaf per head, one backward over all heads yields every task's feature gradients apart.
+    """
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            return value.detach().requires_grad_()
+        return value
+
+    return [tree_map(leaf, features) for _ in range(num_heads)]
+
+
+@torch.compiler.disable
+def boundary(features: Any) -> Any:
+    """Return the features unchanged, outside any compiled graph.
+
+    In a module that is compiled as a whole, the encoder and the heads become one graph with one backward, and no
+    task's gradient can be told apart. ``z = boundary(encoder(x))`` splits it in two there.
+    """
+    return features

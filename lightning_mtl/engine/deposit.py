@@ -1,0 +1,65 @@
+"""The one custom autograd node: a scalar whose backward hands back gradients made by a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_mtl.checks import bad_argument
+from lightning_mtl.engine.gather import world_size
+
+Solve = Callable[[Tensor], Sequence[Tensor | None]]
+
+
+class _Deposit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, solve: Solve, value: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.solve, ctx.device_type = solve, value.device.type
+        ctx.zeros = inputs if world_size() > 1 else None
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.solve is None:
+            raise bad_argument(
+                "lightning_mtl",
+                "loss",
+                "go backward once",
+                "a second backward through the same balanced loss",
+                "Compute the losses again",
+                RuntimeError,
+            )
+        # Dropped first: whatever happens, no graph tensor outlives the backward.
+        solve, like, ctx.solve, ctx.zeros = ctx.solve, ctx.zeros, None, None
+        with torch.autocast(ctx.device_type, enabled=False):
+            grads = list(solve(scale))
+        if like is not None:
+            # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
+            grads = [
+                torch.zeros_like(tensor) if grad is None else grad
+                for grad, tensor in zip(grads, like, strict=True)
+            ]
+        return (None, None, *grads)
+
+
+def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve) -> Tensor:
+    """A scalar equal to ``value`` whose gradients with respect to ``inputs`` are ``solve(scale)``.
+
+    ``scale`` is the gradient that arrives at the scalar: a loss scale, divided by the number of accumulated batches,
+    whatever Lightning or a user multiplied the loss with. The hooks of the inputs, gradient accumulation and the
+    reducer of DDP see an ordinary backward.
+
+    Args:
+        value: what the scalar shows, detached.
+        inputs: leaves or inner tensors; through inner tensors autograd goes on by itself.
+        solve: called once, in the backward; ``None`` for an input without a gradient.
+
+    Raises: ``RuntimeError`` on a second backward.
+    """
+    result: Tensor = _Deposit.apply(solve, value, *inputs)
+    return result

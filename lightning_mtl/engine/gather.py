@@ -1,0 +1,126 @@
+"""What must be global: the gram, the losses that a balancer sees, label counts, the list of shared parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_mtl.linalg import gram as gram_of
+from lightning_mtl.linalg import gram_of_parts
+
+
+def world_size() -> int:
+    """Number of processes that average their gradients; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rescale_to_global(losses: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Turn means over this rank's labelled samples into shares of the mean over the global batch's.
+
+    Each loss is multiplied by ``count * world / global count``, so that the average over the ranks, which the
+    gradient all-reduce takes, is the mean over all labelled samples.
+
+    Shapes: ``T`` scalars, counts float64 ``[T]`` of this rank -> ``T`` scalars, present bool ``[T]``.
+    """
+    total = counts.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    factors = counts * world_size() / total.clamp(min=1)
+    return [loss * factor.to(loss.dtype) for loss, factor in zip(losses, factors, strict=True)], total > 0
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a small tensor over all ranks; the tensor itself on one process."""
+    if world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def union_over_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Element-wise "or" over the ranks."""
+    if world_size() == 1:
+        return list(flags)
+    mask = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(mask, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in mask.tolist()]
+
+
+class RowExchange:
+    """The gram of rows averaged over ranks, without ever holding the averaged rows: each rank sums one slice.
+
+    Row by row the sum is scattered (each rank receives ``N / world`` numbers of it), which may overlap with the
+    next task's backward; then a partial gram per rank, and one all-reduce of ``T x T`` numbers.
+
+    Args:
+        num_tasks: ``T``.
+        size: ``N``.
+        like: a tensor with the dtype and device of the rows.
+    """
+
+    def __init__(self, num_tasks: int, size: int, like: Tensor) -> None:
+        self.size = size
+        world = world_size()
+        padded = -(-size // world) * world
+        self.rows = like.new_empty((num_tasks, padded))
+        self.rows[:, size:] = 0
+        self._slices = like.new_empty((num_tasks, padded // world)) if world > 1 else None
+        self._work: list[dist.Work] = []
+
+    def __getitem__(self, task: int) -> Tensor:
+        """This rank's row of a task, to be filled: ``[N]``."""
+        return self.rows[task, : self.size]
+
+    def send(self, task: int) -> None:
+        """The row of this task is filled."""
+        if self._slices is not None:
+            work = dist.reduce_scatter_tensor(self._slices[task], self.rows[task], async_op=True)
+            self._work.append(work)
+
+    def wait(self) -> None:
+        """Until every row that was sent has been summed."""
+        for work in self._work:
+            work.wait()
+        self._work.clear()
+
+    def local_gram(self) -> Tensor:
+        """What :func:`sum_gram` turns into the gram of the mean rows: float64 ``[T, T]``."""
+        self.wait()
+        return gram_of(self.rows if self._slices is None else self._slices)
+
+
+def sum_gram(gram: Tensor, losses: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Finish the gram over the ranks, take the loss scale out, and bring the numbers to the CPU in one transfer.
+
+    Shapes: gram float64 ``[T, T]`` of this rank's share, losses ``[T]``, scale ``[]`` (the factor in the gradients)
+    -> gram float64 ``[T, T]`` of the mean rows and losses float64 ``[T]``, both on the CPU.
+    """
+    num_tasks, world = len(losses), world_size()
+    packed = torch.cat([gram.reshape(-1), losses.detach().to(gram.device, torch.float64)])
+    if world > 1:
+        dist.all_reduce(packed)
+        packed = torch.cat([packed[: num_tasks**2] / world**2, packed[num_tasks**2 :] / world])
+    packed = torch.cat([packed, scale.detach().reshape(1).to(packed)]).cpu()
+    return packed[: num_tasks**2].view(num_tasks, num_tasks) / packed[-1] ** 2, packed[num_tasks**2 : -1]
+
+
+def parts_gram(parts: Sequence[Sequence[Tensor]], *, disjoint: bool) -> Tensor:
+    """This rank's share of a gram of rows in parts, to be finished by :func:`sum_gram`.
+
+    Args:
+        parts: per task, the tensors of its row.
+        disjoint: the rows of different ranks are about different samples (features), so that local grams add up;
+            otherwise about the same parameters, and the rows themselves are summed first.
+    """
+    if disjoint or world_size() == 1:
+        return gram_of_parts(parts)
+    flat = torch.stack([torch.cat([tensor.reshape(-1) for tensor in row]) for row in parts])
+    exchange = RowExchange(len(flat), flat.shape[1], flat)
+    for task, row in enumerate(flat):
+        exchange[task].copy_(row)
+        exchange.send(task)
+    return exchange.local_gram()

@@ -1,0 +1,156 @@
+"""Task gradients: first at the features, from one pass over the heads; then, where needed, at the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.engine.gather import RowExchange
+from lightning_mtl.types import Root, Step
+
+Grads = list[Tensor | None]
+
+
+@dataclass
+class HeadGrads:
+    """What one pass over the heads gives.
+
+    Args:
+        roots: per task, ``d loss / d root``, ``None`` where a task does not read a root.
+        shared_heads: per task, the gradients of ``Step.shared_heads``.
+        private: per task, the gradients of ``Step.private``; a single entry, their sum, if not asked apart.
+    """
+
+    roots: list[Grads]
+    shared_heads: list[Grads]
+    private: list[Grads]
+
+
+def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
+    """Differentiate the losses with respect to what the heads read and own.
+
+    Args:
+        step: its losses; with leaves, and nothing asked apart, one backward serves all tasks.
+        scale: factor of every gradient (a loss scale, so that half-precision gradients do not underflow).
+        apart: whether private gradients are needed per task.
+
+    Only nodes between the losses and the roots run, so the encoder's graph survives.
+    """
+    roots = step.leaves if step.leaves is not None else step.roots
+    assert roots is not None
+    seeds = [scale.to(loss) for loss in step.losses]
+    width = [len(root) for root in roots]
+    if step.leaves is not None and not apart and not step.shared_heads:
+        inputs = [leaf for leaves in roots for leaf in leaves] + step.private
+        grads = grad_of(step.losses, inputs, seeds, keep=False)
+        ends = [sum(width[:task]) for task in range(len(width) + 1)]
+        return HeadGrads(
+            [grads[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)],
+            [[] for _ in roots],
+            [grads[ends[-1] :]],
+        )
+    result = HeadGrads([], [], [])
+    num = len(step.losses)
+    for task, (loss, seed) in enumerate(zip(step.losses, seeds, strict=True)):
+        inputs = [*roots[task], *step.shared_heads, *step.private]
+        grads = grad_of([loss], inputs, [seed], keep=task < num - 1)
+        middle = width[task] + len(step.shared_heads)
+        result.roots.append(grads[: width[task]])
+        result.shared_heads.append(grads[width[task] : middle])
+        result.private.append(grads[middle:])
+    if not apart:
+        result.private = [add_up(result.private)]
+    return result
+
+
+def rows_from_roots(step: Step, heads: HeadGrads) -> RowExchange:
+    """``T`` vector-Jacobian products of the encoder fill the rows ``[T, N]``.
+
+    Every rank runs the same number of encoder backwards in the same order, zeros for a task without labels:
+    synchronised batch norm holds collectives.
+    """
+    assert step.roots is not None
+    exchange = _exchange(step)
+    num = len(step.losses)
+    for task in range(num):
+        roots = step.roots[task]
+        seeds = [
+            zeros_for(root) if grad is None else grad
+            for root, grad in zip(roots, heads.roots[task], strict=True)
+        ]
+        # With one loader per task each task has an encoder graph of its own, used once.
+        keep = any(later is roots for later in step.roots[task + 1 :])
+        grads = grad_of(roots, step.shared, seeds, keep=keep)
+        fill(exchange[task], [*grads, *heads.shared_heads[task]], [*step.shared, *step.shared_heads])
+        exchange.send(task)
+    return exchange
+
+
+def rows_from_losses(step: Step, scale: Tensor) -> tuple[RowExchange, list[Grads]]:
+    """Without a cut: every row by a whole backward from its loss. Also returns private gradients per task."""
+    exchange = _exchange(step)
+    private: list[Grads] = []
+    shared = [*step.shared, *step.shared_heads]
+    for task, loss in enumerate(step.losses):
+        grads = grad_of([loss], [*shared, *step.private], [scale.to(loss)], keep=task < len(step.losses) - 1)
+        fill(exchange[task], grads[: len(shared)], shared)
+        private.append(grads[len(shared) :])
+        exchange.send(task)
+    return exchange, private
+
+
+def fill(row: Tensor, grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
+    """Flatten gradients into a row ``[N]``; 0 where there is none."""
+    views = row.split([tensor.numel() for tensor in like])
+    pairs = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
+    for view, grad in zip(views, grads, strict=True):
+        if grad is None:
+            view.zero_()
+    if pairs:
+        torch._foreach_copy_([view for view, _ in pairs], [grad.reshape(-1) for _, grad in pairs])
+
+
+def unflatten(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a row ``[N]`` in the shapes of the parameters."""
+    parts = row.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def add_up(per_task: Sequence[Grads], weights: Tensor | None = None) -> Grads:
+    """Sum (or weighted sum, weights ``[T]``) over tasks of gradients that may be missing."""
+    total: Grads = []
+    for column in zip(*per_task, strict=True):
+        found: Tensor | None = None
+        for task, grad in enumerate(column):
+            if grad is not None:
+                term = grad if weights is None else grad * weights[task].to(grad)
+                found = term if found is None else found + term
+        total.append(found)
+    return total
+
+
+def zeros_for(root: Root) -> Tensor:
+    """A zero gradient for a root."""
+    if isinstance(root, Tensor):
+        return torch.zeros_like(root)
+    meta = root.node._input_metadata[root.output_nr]
+    return torch.zeros([int(size) for size in meta.shape], dtype=meta.dtype, device=meta.device)
+
+
+def _exchange(step: Step) -> RowExchange:
+    shared = [*step.shared, *step.shared_heads]
+    return RowExchange(len(step.losses), sum(tensor.numel() for tensor in shared), shared[0])
+
+
+def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Tensor], *, keep: bool) -> Grads:
+    """``torch.autograd.grad`` that gives ``None`` for what is not reached, also if nothing is asked or attached."""
+    pairs = [
+        (o, s) for o, s in zip(outputs, seeds, strict=True) if not isinstance(o, Tensor) or o.requires_grad
+    ]
+    if not inputs or not pairs:
+        return [None] * len(inputs)
+    ends, starts = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(ends, inputs, starts, retain_graph=keep, allow_unused=True))

@@ -1,0 +1,6 @@
+"""Pure functions on small tensors: no module, no autograd, no process group."""
+
+from lightning_mtl.linalg.gram import conflict as conflict
+from lightning_mtl.linalg.gram import cosines as cosines
+from lightning_mtl.linalg.gram import gram as gram
+from lightning_mtl.linalg.gram import gram_of_parts as gram_of_parts

@@ -1,0 +1,98 @@
+"""One class out of many, per sample or per pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_mtl.checks import bad_argument, shape
+from lightning_mtl.tasks.task import Task
+
+
+class ClassificationTask(Task):
+    """Cross-entropy over ``num_classes`` classes.
+
+    Args:
+        head: features -> logits ``[B, C, ...]``.
+        num_classes: ``C``, at least 2 (for a yes-or-no question use ``MultiLabelTask`` with one label).
+        metrics: by default ``accuracy``, the share of right answers.
+        target, mask: as in :class:`Task`.
+        ignore_index: the class number that marks a missing label.
+        label_smoothing: in [0, 1), as in ``torch.nn.functional.cross_entropy``.
+
+    Shapes: logits ``[B, C, ...]``, target integer ``[B, ...]``.
+    Raises: ``ValueError`` if shapes or dtypes differ from these.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        num_classes: int,
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        target: str | None = None,
+        mask: str | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if not isinstance(num_classes, int) or num_classes < 2:
+            raise bad_argument(
+                "ClassificationTask",
+                "num_classes",
+                "be an integer >= 2",
+                repr(num_classes),
+                "For a yes-or-no question use MultiLabelTask with one label",
+            )
+        if metrics is None:
+            metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
+        super().__init__(head, self._cross_entropy, metrics, target=target, missing=ignore_index, mask=mask)
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Class numbers: logits ``[B, C, ...]`` -> ``[B, ...]``."""
+        return output.argmax(dim=1)
+
+    def match(self, output: Any, target: Any, name: str) -> tuple[Tensor, Tensor]:
+        if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] != self.num_classes:
+            raise bad_argument(
+                self,
+                f"output of '{name}'",
+                f"have shape [B, C, ...] with C = {self.num_classes}",
+                shape(output),
+                "Change the head's last layer or num_classes",
+            )
+        if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
+            got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
+            raise bad_argument(
+                self,
+                f"target of '{name}'",
+                "hold integer class numbers",
+                got,
+                "Convert it with .long()",
+                TypeError,
+            )
+        expected = [output.shape[0], *output.shape[2:]]
+        if list(target.shape) != expected:
+            raise bad_argument(
+                self,
+                f"target of '{name}'",
+                f"have shape {expected}",
+                shape(target),
+                "Give one class number per output",
+            )
+        return output, target.long()
+
+    def only_labelled(self, output: Tensor, target: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+        return output.movedim(1, -1)[labelled], target[labelled]
+
+    def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
+        assert isinstance(self.missing, int)
+        return F.cross_entropy(
+            output, target, ignore_index=self.missing, reduction="none", label_smoothing=self.label_smoothing
+        )

@@ -1,0 +1,113 @@
+"""Several yes-or-no labels per sample: one task, or one task per label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryAccuracy, BinaryF1Score
+
+from lightning_mtl.checks import bad_argument, listed
+from lightning_mtl.tasks.task import Task
+
+
+class MultiLabelTask(Task):
+    """Binary cross-entropy on ``num_labels`` logits; a NaN in the target is a missing label.
+
+    Args:
+        head: features -> logits ``[B, K]``.
+        num_labels: ``K``, or the ``K`` label names.
+        metrics: by default ``accuracy`` and ``f1`` over all labelled entries, at a threshold of 0.5.
+        target, mask: as in :class:`Task`.
+
+    Shapes: logits ``[B, K]``, target float or bool or integer ``[B, K]`` (``[B]`` for one label) with entries in
+    [0, 1] or NaN. The loss is the mean over the labelled entries.
+    Raises: ``ValueError`` if shapes differ from these.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        num_labels: int | Sequence[str],
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        target: str | None = None,
+        mask: str | None = None,
+    ) -> None:
+        self.labels = _label_names(num_labels)
+        if metrics is None:
+            metrics = {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score()}
+        super().__init__(head, self._cross_entropy, metrics, target=target, missing="nan", mask=mask)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Probabilities: logits ``[B, K]`` -> ``[B, K]``."""
+        return output.sigmoid()
+
+    def match(self, output: Any, target: Any, name: str) -> tuple[Tensor, Tensor]:
+        if output.ndim != 2 or output.shape[1] != len(self.labels):
+            raise bad_argument(
+                self,
+                f"output of '{name}'",
+                f"have shape [B, K] with K = {len(self.labels)}",
+                list(output.shape),
+                "Change the head's last layer or num_labels",
+            )
+        target = target if target.is_floating_point() else target.to(output.dtype)
+        return self.match_elementwise(output, target, name), target
+
+    def only_labelled(self, output: Tensor, target: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+        return output[labelled], target[labelled].long()
+
+    def per_label(self, target: str) -> dict[str, Task]:
+        """One task per label, all reading this task's head, so that a balancer sees each label's gradient.
+
+        The head's parameters are then shared: they belong to the rows. The head runs once per label.
+
+        Args:
+            target: key of the target ``[B, K]`` in the batch.
+        """
+        return {
+            label: _LabelTask(self.head, column, target, self.mask)
+            for column, label in enumerate(self.labels)
+        }
+
+    def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")
+
+
+class _LabelTask(MultiLabelTask):
+    """Label ``column`` of a head that all labels share."""
+
+    shares_head = True
+
+    def __init__(self, head: nn.Module, column: int, target: str, mask: str | None) -> None:
+        super().__init__(head, 1, target=target, mask=mask)
+        self.column = column
+
+    def forward(self, features: Any) -> Tensor:
+        output: Tensor = self.head(features)
+        return output[:, self.column : self.column + 1]
+
+    def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:
+        target, mask = super().pick(targets, inputs, name)
+        column = slice(self.column, self.column + 1)
+        return target[:, column], mask[:, column] if mask is not None and mask.ndim == 2 else mask
+
+
+def _label_names(num_labels: int | Sequence[str]) -> list[str]:
+    if isinstance(num_labels, int) and not isinstance(num_labels, bool):
+        names = [f"label{column}" for column in range(num_labels)]
+    else:
+        names = list(num_labels)
+    if not names or len(set(names)) != len(names):
+        raise bad_argument(
+            "MultiLabelTask",
+            "num_labels",
+            "be a number >= 1 or distinct label names",
+            listed(names),
+            "Name every label once",
+        )
+    return names

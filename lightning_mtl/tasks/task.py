@@ -1,0 +1,283 @@
+"""What one task is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_mtl.checks import bad_argument, listed, shape
+
+Loss = Callable[[Any, Any], Tensor]
+STAGES = ("train", "val", "test")
+
+# Losses that compare output and target element by element: torch broadcasts a wrong shape, we refuse it.
+_ELEMENTWISE = (
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy,
+)
+_ELEMENTWISE_MODULES = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCEWithLogitsLoss,
+    nn.BCELoss,
+)
+
+
+def usable_name(name: object, container: nn.ModuleDict) -> bool:
+    """Whether a ModuleDict and a logger can carry the name."""
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and not any(c in name for c in "./ ")
+        and not hasattr(container, name)
+    )
+
+
+class Task(nn.Module):
+    """One task: a head on the shared features, a loss, metrics, and its target in the batch.
+
+    Args:
+        head: features -> output.
+        loss: ``(output, target) -> loss``. A scalar, or, where labels can be missing, a tensor with one entry per
+            label (``reduction="none"``); the task then takes the mean over the labelled entries.
+        metrics: name -> torchmetrics metric of ``(output, target)``; logged for validation and test.
+        target: key of the target in the batch; by default the task's own name.
+        missing: how the target marks a missing label: ``None`` (labels are complete), ``"nan"``, or an integer
+            (an ignore index).
+        mask: key of a bool tensor in the batch that is True where a label is present; may be combined with
+            ``missing``.
+
+    Shapes: the loss of one entry per label has the shape of the target, or of its leading dimensions.
+    Raises: ``TypeError`` if head, loss or a metric is of the wrong kind; ``ValueError`` for an unknown ``missing``,
+    and in training if shapes do not fit or a loss is a scalar although labels can be missing.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        loss: Loss,
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        target: str | None = None,
+        missing: str | int | None = None,
+        mask: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Module):
+            raise bad_argument(
+                self,
+                "head",
+                "be an nn.Module",
+                type(head).__name__,
+                "For no head pass torch.nn.Identity()",
+                TypeError,
+            )
+        if not callable(loss):
+            raise bad_argument(
+                self,
+                "loss",
+                "be callable as loss(output, target)",
+                type(loss).__name__,
+                "Pass a function or a loss module",
+                TypeError,
+            )
+        if not (
+            missing is None
+            or missing == "nan"
+            or (isinstance(missing, int) and not isinstance(missing, bool))
+        ):
+            raise bad_argument(
+                self,
+                "missing",
+                'be None, "nan" or an integer',
+                repr(missing),
+                "Say how the target marks a gap",
+            )
+        self.head = head
+        self.loss = loss
+        self.target, self.missing, self.mask = target, missing, mask
+        # "train" would be an attribute of every module, hence the prefix.
+        self.metrics = nn.ModuleDict({f"on_{stage}": nn.ModuleDict() for stage in STAGES})
+        for name, metric in (metrics or {}).items():
+            self._add_metric(name, metric)
+
+    @property
+    def partial(self) -> bool:
+        """Whether labels can be missing."""
+        return self.missing is not None or self.mask is not None
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of the metrics, as in the logs."""
+        return list(self._metrics_on("val"))
+
+    @property
+    def higher_is_better(self) -> dict[str, bool | None]:
+        """Metric name -> whether more is better, where the metric says so."""
+        return {name: metric.higher_is_better for name, metric in self._metrics_on("val").items()}
+
+    def forward(self, features: Any) -> Any:
+        """The head's output for the features of ``B`` samples."""
+        return self.head(features)
+
+    def predict(self, output: Any) -> Any:
+        """What a user wants to see of an output; the output itself unless a task knows better."""
+        return output
+
+    def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:
+        """This task's target and mask in a batch.
+
+        Raises: ``ValueError`` if one is not there.
+        """
+        key = self.target or name
+        return self._entry(targets, key, name), None if self.mask is None else self._entry(
+            targets, self.mask, name
+        )
+
+    def match(self, output: Any, target: Any, name: str) -> tuple[Any, Any]:
+        """Bring output and target to the shapes that the loss takes, or refuse them."""
+        if isinstance(self.loss, _ELEMENTWISE_MODULES) or self.loss in _ELEMENTWISE:
+            return self.match_elementwise(output, target, name), target
+        return output, target
+
+    def match_elementwise(self, output: Tensor, target: Tensor, name: str) -> Tensor:
+        """Output ``[B, 1]`` meets target ``[B]``; any other difference of shapes is an error, never a broadcast."""
+        if output.shape == target.shape:
+            return output
+        if output.ndim == target.ndim + 1 and output.shape[:-1] == target.shape and output.shape[-1] == 1:
+            return output.squeeze(-1)
+        raise bad_argument(
+            self,
+            f"target of '{name}'",
+            f"have the shape of the output, {shape(output)}",
+            shape(target),
+            "Change the head or reshape the target; shapes are never broadcast",
+        )
+
+    def labelled(self, target: Any, mask: Tensor | None) -> Tensor | None:
+        """True where a label is present, in the target's (or the mask's) shape; ``None`` if all are."""
+        if not self.partial:
+            return None
+        found: Tensor | None = None
+        if self.missing == "nan":
+            found = ~torch.isnan(target)
+        elif self.missing is not None:
+            found = target != self.missing
+        if mask is None:
+            return found
+        mask = mask.bool()
+        if found is None:
+            return mask
+        return found & mask.reshape(mask.shape + (1,) * (found.ndim - mask.ndim))
+
+    def mean_loss(
+        self, output: Any, target: Any, name: str, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mean loss over this batch's labelled entries, and how many there are.
+
+        Returns: a scalar, exactly 0 with zero gradient without any label, and the count ``[]`` (float64); ``None``
+        for the count if labels cannot be missing.
+        """
+        output, target = self.match(output, target, name)
+        labelled = self.labelled(target, mask)
+        if labelled is None:
+            loss = self.loss(output, target)
+            return (loss if loss.ndim == 0 else loss.mean()), None
+        loss = self.loss(output, self._filled(target, labelled))
+        labelled = self._like_loss(labelled, loss, name)
+        count = labelled.sum()
+        # where, not a product: the loss at a missing label may be NaN or infinite.
+        kept = torch.where(labelled, loss, torch.zeros((), dtype=loss.dtype, device=loss.device))
+        return kept.sum() / count.clamp(min=1), count.double()
+
+    @torch.no_grad()
+    def update_metrics(
+        self, stage: str, output: Any, target: Any, name: str, mask: Tensor | None = None
+    ) -> dict[str, Metric]:
+        """Show the labelled entries of a batch to the metrics of a stage; returns them by name."""
+        metrics = self._metrics_on(stage)
+        if metrics:
+            output, target = self.match(output, target, name)
+            labelled = self.labelled(target, mask)
+            if labelled is not None:
+                output, target = self.only_labelled(output, target, labelled)
+            if len(target):
+                for metric in metrics.values():
+                    metric.update(output, target)
+        return metrics
+
+    def only_labelled(self, output: Tensor, target: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+        """The labelled entries alone, flattened as metrics take them."""
+        return output[labelled], target[labelled]
+
+    def _filled(self, target: Tensor, labelled: Tensor) -> Tensor:
+        """The target with a harmless value where it is NaN; an ignore index stays for the loss to know."""
+        return torch.nan_to_num(target, nan=0.0) if self.missing == "nan" else target
+
+    def _like_loss(self, labelled: Tensor, loss: Tensor, name: str) -> Tensor:
+        if loss.ndim == 0:
+            raise bad_argument(
+                self,
+                f"loss of '{name}'",
+                "have one entry per label, because labels can be missing",
+                "a scalar",
+                'Use reduction="none"; the task takes the mean over the labelled entries',
+            )
+        if labelled.ndim <= loss.ndim and labelled.shape == loss.shape[: labelled.ndim]:
+            return labelled.reshape(labelled.shape + (1,) * (loss.ndim - labelled.ndim)).expand_as(loss)
+        raise bad_argument(
+            self,
+            f"mask of '{name}'",
+            f"have the leading dimensions of the loss, {shape(loss)}",
+            shape(labelled),
+            "Give one entry per label",
+        )
+
+    def _entry(self, targets: Mapping[str, Any], key: str, name: str) -> Any:
+        if not isinstance(targets, Mapping) or key not in targets:
+            found = listed(targets) if isinstance(targets, Mapping) else type(targets).__name__
+            raise bad_argument(
+                self,
+                f"batch target of '{name}'",
+                f"stand under the key {key!r}",
+                found,
+                "Add it to the batch, or pass target= with its key",
+            )
+        return targets[key]
+
+    def _add_metric(self, name: str, metric: Metric) -> None:
+        if not usable_name(name, nn.ModuleDict()):
+            raise bad_argument(
+                self,
+                "metrics",
+                "have names without dot, slash or space that are no attribute of a module",
+                repr(name),
+                "Rename the metric",
+            )
+        if not isinstance(metric, Metric):
+            raise bad_argument(
+                self,
+                f"metrics['{name}']",
+                "be a torchmetrics metric",
+                type(metric).__name__,
+                "Pass an object such as torchmetrics.MeanSquaredError()",
+                TypeError,
+            )
+        for stage in STAGES:
+            group: Any = self.metrics[f"on_{stage}"]
+            group[name] = metric.clone()
+
+    def _metrics_on(self, stage: str) -> dict[str, Metric]:
+        group: Any = self.metrics[f"on_{stage}"]
+        return dict(group.items())

@@ -1,0 +1,67 @@
+"""Whether a Trainer can carry a balanced module: asked before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_mtl.checks import bad_argument, listed
+
+
+def check_trainer(trainer: Any, owner: object, *, takes_rows: bool) -> None:
+    """Refuse what would fail later or, worse, train wrongly.
+
+    Args:
+        trainer: the Trainer about to fit.
+        owner: whom an error names.
+        takes_rows: whether rows are taken at the parameters, which sharded ones do not offer.
+
+    Raises: ``ValueError`` for DeepSpeed, for sharded parameters with ``takes_rows``, and for DDP's static_graph
+    together with gradient accumulation.
+    """
+    strategy = trainer.strategy
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    if "DeepSpeedStrategy" in names:
+        raise bad_argument(
+            owner,
+            "Trainer(strategy=...)",
+            "leave gradients to autograd",
+            "DeepSpeed, which partitions them in hooks of its own",
+            'Use strategy="ddp"',
+        )
+    if takes_rows and names & {"FSDPStrategy", "ModelParallelStrategy"}:
+        raise bad_argument(
+            owner,
+            "level",
+            'be "features" where parameters are sharded',
+            f"'parameters' under {type(strategy).__name__}",
+            'Pass level="features", or use strategy="ddp"',
+        )
+    static = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
+    if static and trainer.accumulate_grad_batches != 1:
+        raise bad_argument(
+            owner,
+            "Trainer(accumulate_grad_batches=...)",
+            "be 1 with DDPStrategy(static_graph=True), with which torch cannot accumulate",
+            trainer.accumulate_grad_batches,
+            "Leave out static_graph",
+        )
+
+
+def check_balancer_is_optimized(balancer: nn.Module, optimizers: Sequence[Any], owner: object) -> None:
+    """Refuse a balancer whose trainable parameters no optimizer has.
+
+    Raises: ``ValueError`` naming the line to add.
+    """
+    known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    forgotten = [name for name, p in balancer.named_parameters() if p.requires_grad and id(p) not in known]
+    if forgotten and optimizers:
+        raise bad_argument(
+            owner,
+            "configure_optimizers",
+            "put the balancer's parameters into a parameter group",
+            f"none for {listed(forgotten)} of {type(balancer).__name__}",
+            'Add {"params": self.balancer.parameters(), "weight_decay": 0.0} to the optimizer\'s parameter groups',
+        )

@@ -1,0 +1,77 @@
+"""What `import lightning_mtl` costs and brings in, and that every public name is documented."""
+
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+PUBLIC = [
+    "lightning_mtl",
+    "lightning_mtl.balancers",
+    "lightning_mtl.callbacks",
+    "lightning_mtl.metrics",
+    "lightning_mtl.tasks",
+]
+HEAVY = {"jsonargparse", "matplotlib", "rich", "scipy", "sklearn", "tensorboard", "torchvision", "wandb"}
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level modules in a fresh process after ``statement``."""
+    listed = "sorted({name.partition('.')[0] for name, module in sys.modules.items() if module is not None})"
+    code = f"{statement}\nimport json, sys\nprint(json.dumps({listed}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_nothing_heavy_is_imported_beyond_what_lightning_brings():
+    # Against `import lightning` in a process of its own: Lightning and torchmetrics import some of these
+    # themselves where they are installed, and a library on top of them cannot change that.
+    added = loaded_after("import lightning_mtl") - loaded_after("import lightning")
+    assert "lightning_mtl" in added
+    assert not added & HEAVY
+
+
+@pytest.mark.parametrize("name", ["wandb", "sklearn", "jsonargparse"])
+def test_import_works_where_an_optional_package_is_missing(name):
+    # None in sys.modules makes the import of that name fail, as if it were not installed.
+    blocked = f"import sys; sys.modules[{name!r}] = None; import lightning_mtl, lightning_mtl.callbacks"
+    assert "lightning_mtl" in loaded_after(blocked)
+
+
+def public_names() -> list[tuple[str, str]]:
+    pairs = []
+    for module_name in PUBLIC:
+        module = importlib.import_module(module_name)
+        names = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and not inspect.ismodule(value)
+            and getattr(value, "__module__", "").startswith("lightning_mtl")
+        ]
+        pairs += [(module_name, name) for name in names]
+    return pairs
+
+
+@pytest.mark.parametrize("module_name", PUBLIC)
+def test_star_import_gives_the_public_names(module_name):
+    space: dict[str, object] = {}
+    exec(f"from {module_name} import *", space)
+    missing = {name for owner, name in public_names() if owner == module_name} - space.keys()
+    assert not missing
+
+
+@pytest.mark.parametrize("module_name, name", public_names(), ids=lambda value: value)
+def test_every_public_name_is_documented(module_name, name):
+    value = getattr(importlib.import_module(module_name), name)
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        return  # a type alias has no docstring of its own
+    doc = value.__doc__ or ""
+    inherited = inspect.isclass(value) and any(doc == (base.__doc__ or "") for base in value.__mro__[1:])
+    assert doc.strip(), f"{module_name}.{name} has no docstring"
+    assert not inherited, f"{module_name}.{name} shows the docstring of its base class"
