@@ -194,9 +194,7 @@ class Balanced(_Base):
     def _absent_loss(self, device: torch.device) -> Tensor:
         """A loss of 0. Where DDP waits for every parameter of an ordinary objective, it reaches them all."""
         if world_size() > 1 and isinstance(self.balancer, LossBalancer):
-            return torch.stack(
-                [parameter.flatten()[0].float() * 0 for parameter in self.own_parameters()]
-            ).sum()
+            return torch.stack([parameter.flatten()[0].float() * 0 for parameter in self.own_parameters()]).sum()
         return torch.zeros((), device=device)
 
     def _found_step(self, losses: list[Tensor], features: Any, present: Tensor | None) -> Step:
@@ -215,17 +213,13 @@ class Balanced(_Base):
             found_roots = [found.edges] * len(losses) if found.edges else None
         taken = {id(parameter) for parameter in shared}
         private = [parameter for parameter in own if id(parameter) not in taken]
-        return Step(
-            losses, shared, [], private, found_roots, present=present, last_layer=self._last_layer_of(shared)
-        )
+        return Step(losses, shared, [], private, found_roots, present=present, last_layer=self._last_layer_of(shared))
 
     def _roots(self, features: Any, own: list[nn.Parameter], losses: list[Tensor]) -> list[Tensor]:
         roots = tensors_of(features)
         if not roots:
             ids = {id(leaf) for leaf in reached(losses, self)}
-            idle = [
-                name for name, p in self.named_parameters() if any(p is q for q in own) and id(p) not in ids
-            ]
+            idle = [name for name, p in self.named_parameters() if any(p is q for q in own) and id(p) not in ids]
             if idle:
                 raise bad_argument(
                     self,

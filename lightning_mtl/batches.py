@@ -41,11 +41,7 @@ def groups_of(
     """
     if dataloader is not None and dataloader in tasks:
         return [_own(batch, dataloader, tasks, owner)]
-    if (
-        isinstance(batch, Mapping)
-        and input_key not in batch
-        and all(_is_pair(value) for value in batch.values())
-    ):
+    if isinstance(batch, Mapping) and input_key not in batch and all(_is_pair(value) for value in batch.values()):
         unknown = [name for name in batch if name not in tasks]
         if unknown or not batch:
             raise bad_argument(
@@ -69,9 +65,7 @@ def groups_of(
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping):
         inputs, targets = batch
         if strict:
-            used = {task.target or name for name, task in tasks.items()} | {
-                task.mask for _, task in tasks.items()
-            }
+            used = {task.target or name for name, task in tasks.items()} | {task.mask for _, task in tasks.items()}
             unknown = [key for key in targets if key not in used]
             if unknown:
                 raise bad_argument(

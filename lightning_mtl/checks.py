@@ -37,9 +37,7 @@ def listed(names: Iterable[object]) -> str:
 
 def check_num_tasks(num_tasks: int, owner: object) -> None:
     if not isinstance(num_tasks, int) or num_tasks < 1:
-        raise bad_argument(
-            owner, "num_tasks", "be an integer >= 1", repr(num_tasks), "Pass the number of tasks"
-        )
+        raise bad_argument(owner, "num_tasks", "be an integer >= 1", repr(num_tasks), "Pass the number of tasks")
 
 
 def check_losses(losses: Tensor, num_tasks: int, owner: object) -> None:
@@ -96,9 +94,7 @@ def check_number(value: object, arg: str, owner: object, *, low: float, exclusiv
     fine = isinstance(value, int | float) and not isinstance(value, bool) and value == value
     if not (fine and value < float("inf") and (value > low if exclusive else value >= low)):  # type: ignore[operator]
         sign = ">" if exclusive else ">="
-        raise bad_argument(
-            owner, arg, f"be a finite number {sign} {low:g}", repr(value), "Choose another value"
-        )
+        raise bad_argument(owner, arg, f"be a finite number {sign} {low:g}", repr(value), "Choose another value")
 
 
 def check_task_loss(loss: object, name: str, owner: object) -> None:

@@ -102,9 +102,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             )
         registry = tasks if isinstance(tasks, TaskRegistry) else TaskRegistry(tasks)
         if len(registry) == 0:
-            raise bad_argument(
-                self, "tasks", "hold at least one task", "none", 'Pass {"name": Task(head, loss)}'
-            )
+            raise bad_argument(self, "tasks", "hold at least one task", "none", 'Pass {"name": Task(head, loss)}')
         check_choice(lr_interval, ("epoch", "step"), "lr_interval", self)
         for arg, value in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
             if value is not None and not callable(value):
@@ -227,17 +225,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 partial = True
                 continue
             losses.append(result.loss)
-            counts.append(
-                result.count if result.count is not None else result.loss.new_ones((), dtype=torch.float64)
-            )
+            counts.append(result.count if result.count is not None else result.loss.new_ones((), dtype=torch.float64))
             partial = partial or result.count is not None
         if not partial:
             return losses, None
         return rescale_to_global(losses, torch.stack(counts))
 
-    def _declared_step(
-        self, results: dict[str, _TaskResult], losses: list[Tensor], present: Tensor | None
-    ) -> Step:
+    def _declared_step(self, results: dict[str, _TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         if not isinstance(self.balancer, GramBalancer) or not torch.is_grad_enabled():
             return Step(losses, [], [], [], None, present=present)
         shared: list[Tensor] = [p for p in self.encoder.parameters() if p.requires_grad]
@@ -288,9 +282,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
     def _log_training(self, results: dict[str, _TaskResult], losses: list[Tensor]) -> None:
         if self.train_metrics:
             for task, result in results.items():
-                metrics = self.tasks[task].update_metrics(
-                    "train", result.output, result.target, task, result.mask
-                )
+                metrics = self.tasks[task].update_metrics("train", result.output, result.target, task, result.mask)
                 for key, metric in metrics.items():
                     self.log(f"train/{task}/{key}", metric, on_step=False, on_epoch=True, batch_size=1)
         every = self.trainer.log_every_n_steps if self._trainer is not None else 0

@@ -11,8 +11,8 @@ Data:     scikit-learn's digits (1797 images of 8x8, ships with scikit-learn). T
           composed, so no test pair holds a training image; writers are not known, so they are shared by the splits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mtl import MultiTaskModule
-from lightning_mtl.balancers import BalancerSpec
+from lightning_mtl.balancers import Balancer
 from lightning_mtl.cli.recipe_cli import RecipeCLI
 from lightning_mtl.tasks import ClassificationTask, ReconstructionTask
 
 DIGIT, CANVAS, FEATURES = 8, 12, 32
-TaskName = Literal["left", "right", "rec"]
 
 
 # The data
@@ -143,20 +142,20 @@ def split(labels: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 class MultiDigits(MultiTaskModule):
-    """A two-layer convolutional encoder with up to three linear heads.
+    """A small convolutional encoder with up to three linear heads.
 
     Args:
-        balancer: how the task gradients are combined: a short name ("pcgrad"), a class name with options, ...
-        tasks: which heads to train. One name trains a single-task model with the same encoder.
-        level: where task gradients are taken, at the encoder's "parameters" or at its "features".
+        balancer: how the task gradients are combined: a name ("pcgrad"), or a class with its options.
+        tasks: which heads to train. With one name this is a single-task model with the same encoder.
+        level: where task gradients are taken: at the encoder's "parameters", or at its "features".
         lr: peak of the one-cycle schedule.
-        balancer_lr: the same for a balancer's own parameters (uncertainty).
+        balancer_lr: the same for parameters that belong to the balancer (uncertainty's).
     """
 
     def __init__(
         self,
-        balancer: BalancerSpec = "fixed",
-        tasks: Sequence[TaskName] = ("left", "right", "rec"),
+        balancer: Callable[[int], Balancer] | str = "fixed",
+        tasks: Sequence[Literal["left", "right", "rec"]] = ("left", "right", "rec"),
         level: Literal["parameters", "features"] = "parameters",
         lr: float = 2e-3,
         balancer_lr: float = 0.025,
@@ -172,16 +171,30 @@ class MultiDigits(MultiTaskModule):
             nn.Linear(24 * 3 * 3, FEATURES),
             nn.ReLU(),
         )
-        heads = {
+        every_task = {
             "left": ClassificationTask(nn.Linear(FEATURES, 10), num_classes=10),
             "right": ClassificationTask(nn.Linear(FEATURES, 10), num_classes=10),
-            # Summed over the pixels, as autoencoders usually are: its scale is what the balancers have to cope with.
-            "rec": ReconstructionTask(
-                nn.Sequential(nn.Linear(FEATURES, CANVAS**2), nn.Unflatten(1, (1, CANVAS, CANVAS))), reduction="sum"
-            ),
+            # A sum over pixels, as in most autoencoders: its scale is what the balancers have to cope with.
+            "rec": ReconstructionTask(nn.Linear(FEATURES, CANVAS**2), reduction="sum"),
         }
-        super().__init__(encoder, {name: heads[name] for name in tasks}, balancer, level)
+        super().__init__(encoder, {name: every_task[name] for name in tasks}, balancer, level)
         self.lr, self.balancer_lr = lr, balancer_lr
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> dict[str, Any]:
+        # The first group is the model's; a second one is there if the balancer has parameters of its own.
         groups = self.parameter_groups()
+        peaks = [self.lr, self.balancer_lr][: len(groups)]
+        optimizer = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=peaks, total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def main(args: Sequence[str] | None = None) -> LightningCLI:
+    """The command line of this recipe; returns it, with its trainer and model, when it is done."""
+    return RecipeCLI(__file__, MultiDigits, DigitPairs, trainer_defaults={"max_epochs": 20}, args=args)
+
+
+if __name__ == "__main__":
+    main()

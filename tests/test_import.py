@@ -22,9 +22,7 @@ def loaded_after(statement: str) -> set[str]:
     """The top-level modules in a fresh process after ``statement``."""
     listed = "sorted({name.partition('.')[0] for name, module in sys.modules.items() if module is not None})"
     code = f"{statement}\nimport json, sys\nprint(json.dumps({listed}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -28,10 +28,7 @@ def error_makers(sources: dict[str, str]) -> set[str]:
     """``bad_argument`` and the functions that only ever return what it makes."""
     makers = {"bad_argument"}
     functions = [
-        node
-        for source in sources.values()
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef)
+        node for source in sources.values() for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
     ]
     for _ in range(2):  # a maker may call a maker
         for function in functions:
@@ -83,9 +80,7 @@ def wordings(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(source)):
         if called(node) != "bad_argument":
             continue
-        given = dict(zip(PARAMETERS, node.args, strict=False)) | {
-            word.arg: word.value for word in node.keywords
-        }
+        given = dict(zip(PARAMETERS, node.args, strict=False)) | {word.arg: word.value for word in node.keywords}
         part = {name: fixed_text(given.get(name)) or "X" for name in PARAMETERS}
         yield node.lineno, "{who}: `{arg}` must {expected}, got {got}. {cure}.".format(**part)
 

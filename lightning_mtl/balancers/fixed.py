@@ -60,7 +60,5 @@ class Fixed(LossBalancer):
     def _resolve(self) -> Tensor:
         weights = torch.tensor(self._by_task(self._given, 1.0, "weights", float), dtype=torch.float64)
         if not bool(torch.isfinite(weights).all()):
-            raise bad_argument(
-                self, "weights", "be finite", weights.tolist(), "Remove the NaN or infinite entry"
-            )
+            raise bad_argument(self, "weights", "be finite", weights.tolist(), "Remove the NaN or infinite entry")
         return weights

@@ -86,9 +86,7 @@ class GradNorm(GramBalancer):
             "updates": [0.0] * num_tasks,
         }.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
-        offset = torch.tensor(
-            self._by_task(self._offset_given, 0.0, "loss_offset", float), dtype=torch.float64
-        )
+        offset = torch.tensor(self._by_task(self._offset_given, 0.0, "loss_offset", float), dtype=torch.float64)
         self.register_buffer("loss_offset", offset, persistent=False)
 
     def bind(self, names: Sequence[str]) -> None:

@@ -40,9 +40,7 @@ class FinalTable(pl.Callback):
             return
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
-                logger.log_table(
-                    f"{self.key}/{stage}", columns=list(self.columns), data=[list(row) for row in rows]
-                )
+                logger.log_table(f"{self.key}/{stage}", columns=list(self.columns), data=[list(row) for row in rows])
             elif logger.log_dir:
                 path = Path(logger.log_dir) / f"{self.key}_{stage}.csv"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +57,6 @@ def final_rows(trainer: pl.Trainer, names: tuple[str, ...], stage: str) -> list[
             rows.append((stage, name, "loss", logged[f"{stage}/loss/{name}"]))
         prefix = f"{stage}/{name}/"
         rows += [
-            (stage, name, key.removeprefix(prefix), value)
-            for key, value in logged.items()
-            if key.startswith(prefix)
+            (stage, name, key.removeprefix(prefix), value) for key, value in logged.items() if key.startswith(prefix)
         ]
     return rows

@@ -69,14 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         usage="lightning-mtl compare RECIPE [options] [options of the recipe]",
     )
     compare.add_argument("recipe", help="name of a recipe, or path of a .py file")
-    compare.add_argument(
-        "--seeds", type=_seeds, default=[0], metavar="0,1,2", help="one run per seed and arm (0)"
-    )
+    compare.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,2", help="one run per seed and arm (0)")
     compare.add_argument("--arms", type=_names, metavar="A,B", help="only these arms and the single-task one")
     compare.add_argument("--epochs", type=int, metavar="N", help="instead of the recipe's own number")
-    compare.add_argument(
-        "--workers", type=int, metavar="N", help="processes, one thread each (number of cores)"
-    )
+    compare.add_argument("--workers", type=int, metavar="N", help="processes, one thread each (number of cores)")
     compare.add_argument("--out", metavar="FOLDER", help="where to write (logs/compare/RECIPE/<time>)")
     return parser
 

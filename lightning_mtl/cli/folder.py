@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning_mtl
-
 
 class RecipeError(ValueError):
     """A recipe that is not there, or a place that it cannot be copied to."""
@@ -39,11 +37,9 @@ class Recipe:
 
 def recipes() -> list[Recipe]:
     """The recipes that came with the package, sorted by name."""
-    package = Path(lightning_mtl.__file__).parent
+    package = Path(__file__).resolve().parents[1]
     # In a wheel the recipes lie inside the package, in a checkout beside it.
-    home = next(
-        (place for place in (package / "_recipes", package.parent / "recipes") if place.is_dir()), None
-    )
+    home = next((place for place in (package / "_recipes", package.parent / "recipes") if place.is_dir()), None)
     return [Recipe(path) for path in sorted(home.glob("[!_]*.py"))] if home else []
 
 

@@ -110,13 +110,9 @@ class RecipeCLI(LightningCLI):
         return message if key is None else f"{message}\n{self._keys_like(key[1])}"
 
     def _keys_like(self, unknown: str) -> str:
-        keys = sorted(
-            {action.dest for parser in self._subcommand_parsers.values() for action in parser._actions}
-        )
+        keys = sorted({action.dest for parser in self._subcommand_parsers.values() for action in parser._actions})
         group = unknown.partition(".")[0]
-        siblings = [key for key in keys if key.startswith(f"{group}.")] or [
-            key for key in keys if "." not in key
-        ]
+        siblings = [key for key in keys if key.startswith(f"{group}.")] or [key for key in keys if "." not in key]
         near = difflib.get_close_matches(unknown, keys, n=1)
         meant = f"Did you mean {near[0]}? " if near else ""
         return f"{meant}Valid keys: {', '.join(siblings)}"

@@ -210,11 +210,7 @@ class _Solver:
         layer = {id(parameter) for parameter in self.step.last_layer or []}
         shared = [*self.step.shared, *self.step.shared_heads]
         rows = [
-            [
-                view
-                for view, like in zip(unflatten(exchange[task], shared), shared, strict=True)
-                if id(like) in layer
-            ]
+            [view for view, like in zip(unflatten(exchange[task], shared), shared, strict=True) if id(like) in layer]
             for task in range(len(self.names))
         ]
         return parts_gram(rows, disjoint=False)
@@ -250,6 +246,4 @@ class _Solver:
         return all(task is self.step.roots[0] for task in self.step.roots)
 
     def _roots_are_tensors(self) -> bool:
-        return self.step.roots is not None and all(
-            isinstance(r, Tensor) for task in self.step.roots for r in task
-        )
+        return self.step.roots is not None and all(isinstance(r, Tensor) for task in self.step.roots for r in task)

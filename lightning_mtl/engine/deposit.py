@@ -41,8 +41,7 @@ class _Deposit(torch.autograd.Function):
         if like is not None:
             # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
             grads = [
-                torch.zeros_like(tensor) if grad is None else grad
-                for grad, tensor in zip(grads, like, strict=True)
+                torch.zeros_like(tensor) if grad is None else grad for grad, tensor in zip(grads, like, strict=True)
             ]
         return (None, None, *grads)
 

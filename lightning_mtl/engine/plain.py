@@ -70,20 +70,14 @@ def backward(
         )
     if len(names) != balancer.num_tasks or (balancer.names is not None and tuple(names) != balancer.names):
         expected = listed(balancer.names) if balancer.names else f"{balancer.num_tasks} tasks"
-        raise bad_argument(
-            _WHO, "losses", f"hold {expected} in this order", listed(names), "Pass one loss per task"
-        )
+        raise bad_argument(_WHO, "losses", f"hold {expected} in this order", listed(names), "Pass one loss per task")
     if balancer.names is None:
         balancer.bind(names)
     for name, loss in losses.items():
         check_task_loss(loss, name, _WHO)
     values = list(losses.values())
     several = not isinstance(balancer, LossBalancer)
-    if (
-        several
-        and not several_backwards_allowed()
-        and any(is_compiled(t) for t in [*values, *tensors_of(features)])
-    ):
+    if several and not several_backwards_allowed() and any(is_compiled(t) for t in [*values, *tensors_of(features)]):
         raise bad_argument(
             _WHO,
             "losses",
@@ -121,9 +115,7 @@ def _step(
                 "Pass the encoder's output as the heads read it, without detach(); for a frozen encoder leave it out",
             )
     everything = reached(losses, _WHO)
-    chosen = (
-        [p for p in shared if p.requires_grad] if shared is not None else reached(roots_of_all or [], _WHO)
-    )
+    chosen = [p for p in shared if p.requires_grad] if shared is not None else reached(roots_of_all or [], _WHO)
     taken = {id(parameter) for parameter in chosen}
     private = [leaf for leaf in everything if id(leaf) not in taken]
     if roots_of_all is not None and shared is not None:

@@ -77,10 +77,7 @@ def rows_from_roots(step: Step, heads: HeadGrads) -> RowExchange:
     num = len(step.losses)
     for task in range(num):
         roots = step.roots[task]
-        seeds = [
-            zeros_for(root) if grad is None else grad
-            for root, grad in zip(roots, heads.roots[task], strict=True)
-        ]
+        seeds = [zeros_for(root) if grad is None else grad for root, grad in zip(roots, heads.roots[task], strict=True)]
         # With one loader per task each task has an encoder graph of its own, used once.
         keep = any(later is roots for later in step.roots[task + 1 :])
         grads = grad_of(roots, step.shared, seeds, keep=keep)
@@ -147,9 +144,7 @@ def _exchange(step: Step) -> RowExchange:
 
 def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Tensor], *, keep: bool) -> Grads:
     """``torch.autograd.grad`` that gives ``None`` for what is not reached, also if nothing is asked or attached."""
-    pairs = [
-        (o, s) for o, s in zip(outputs, seeds, strict=True) if not isinstance(o, Tensor) or o.requires_grad
-    ]
+    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if not isinstance(o, Tensor) or o.requires_grad]
     if not inputs or not pairs:
         return [None] * len(inputs)
     ends, starts = zip(*pairs, strict=True)

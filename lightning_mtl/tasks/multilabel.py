@@ -69,10 +69,7 @@ class MultiLabelTask(Task):
         Args:
             target: key of the target ``[B, K]`` in the batch.
         """
-        return {
-            label: _LabelTask(self.head, column, target, self.mask)
-            for column, label in enumerate(self.labels)
-        }
+        return {label: _LabelTask(self.head, column, target, self.mask) for column, label in enumerate(self.labels)}
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")

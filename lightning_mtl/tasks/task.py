@@ -36,12 +36,7 @@ _ELEMENTWISE_MODULES = (
 
 def usable_name(name: object, container: nn.ModuleDict) -> bool:
     """Whether a ModuleDict and a logger can carry the name."""
-    return (
-        isinstance(name, str)
-        and bool(name)
-        and not any(c in name for c in "./ ")
-        and not hasattr(container, name)
-    )
+    return isinstance(name, str) and bool(name) and not any(c in name for c in "./ ") and not hasattr(container, name)
 
 
 class Task(nn.Module):
@@ -92,11 +87,7 @@ class Task(nn.Module):
                 "Pass a function or a loss module",
                 TypeError,
             )
-        if not (
-            missing is None
-            or missing == "nan"
-            or (isinstance(missing, int) and not isinstance(missing, bool))
-        ):
+        if not (missing is None or missing == "nan" or (isinstance(missing, int) and not isinstance(missing, bool))):
             raise bad_argument(
                 self,
                 "missing",
@@ -141,9 +132,7 @@ class Task(nn.Module):
         Raises: ``ValueError`` if one is not there.
         """
         key = self.target or name
-        return self._entry(targets, key, name), None if self.mask is None else self._entry(
-            targets, self.mask, name
-        )
+        return self._entry(targets, key, name), None if self.mask is None else self._entry(targets, self.mask, name)
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Any, Any]:
         """Bring output and target to the shapes that the loss takes, or refuse them."""
