@@ -1,13 +1,13 @@
 """Sphinx configuration: `make docs`, or `sphinx-build -W docs docs/_build/html`."""
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib.metadata
 
 project = "lightning-mtl"
 author = "the lightning-mtl authors"
 copyright = f"2026, {author}"
 try:
-    release = version("lightning-mtl")
-except PackageNotFoundError:  # read from a source tree that is not installed
+    release = importlib.metadata.version("lightning-mtl")
+except importlib.metadata.PackageNotFoundError:  # read from a source tree that is not installed
     release = "0.1.0"
 
 extensions = [

@@ -87,7 +87,7 @@ def samples(num: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num, 8, generator=generator)
     shape = torch.stack([x[:, 0] * x[:, 1], -x[:, 0]], dim=1)
-    return x, {"kind": torch.randint(3, (num,), generator=generator), "size": 10 * x[:, 0], "shape": shape}
+    return x, {"kind": torch.randint(3, (num,), generator=generator), "size": 4 * x[:, 0], "shape": shape}
 
 
 class Samples(Dataset):
@@ -109,7 +109,7 @@ def loader(num: int = 64, batch_size: int = 16, seed: int = 0, **options: Any) -
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
 def module(balancer: Any = "fixed", seed: int = 0, encoder: Any = mlp, **options: Any) -> MultiTaskModule:

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         _compare,
         "Train the arms that a recipe declares, and tabulate and draw what came out.",
-        epilog="Options with a dot go to every run, for example --data.train_pairs 4000 or --trainer.precision 64-true.",
+        epilog="Options with a dot go to every run, for example --data.train_pairs 4000.",
         usage="lightning-mtl compare RECIPE [options] [options of the recipe]",
     )
     compare.add_argument("recipe", help="name of a recipe, or path of a .py file")

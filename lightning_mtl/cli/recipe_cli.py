@@ -9,6 +9,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -134,9 +135,9 @@ def _summary(model: type) -> str:
 def _complete(arguments: Sequence[str], configs: Path) -> list[str]:
     """The command line with ``fit``, config files and balancers written out."""
     words = [part for word in arguments for part in _split(word)]
-    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words.insert(0, "fit")
-    for place, (option, value) in enumerate(zip(words, words[1:], strict=False), start=1):
+    for place, (option, value) in enumerate(pairwise(words), start=1):
         if option in ("-c", "--config") and not Path(value).exists():
             beside = configs / Path(value).with_suffix(".yaml").name
             words[place] = str(beside) if beside.exists() else value
