@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,18 @@ from torch import Tensor, nn
 from lightning_mtl.balancers.base import GramBalancer, LossBalancer
 from lightning_mtl.balancers.registry import BalancerSpec, resolve
 from lightning_mtl.callbacks.balance_monitor import BalanceMonitor
-from lightning_mtl.checks import bad_argument, check_choice, check_task_loss, listed
+from lightning_mtl.checks import bad_argument, carried, check_choice, check_task_loss, listed
 from lightning_mtl.engine import (
     allow_several_backwards,
     balanced_loss,
-    discover,
-    reached,
     rescale_to_global,
     tensors_of,
-    union_over_ranks,
     world_size,
 )
 from lightning_mtl.engine.balanced import LEVELS
+from lightning_mtl.ownership import Owned, behind_features, in_graph, last_layer
 from lightning_mtl.trainer_checks import check_balancer_is_optimized, check_trainer
-from lightning_mtl.types import Balance, Step
+from lightning_mtl.types import Balance, Root, Step
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
     _Base = pl.LightningModule
 else:
     _Base = object
+
+_Made = TypeVar("_Made")
 
 
 class Balanced(_Base):
@@ -85,17 +85,25 @@ class Balanced(_Base):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        names = tuple(tasks)
-        if isinstance(tasks, str) or not names or len(set(names)) != len(names):
-            raise bad_argument(self, "tasks", "be distinct task names", repr(tasks), "Name every task once")
+        names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else ()
+        if not names or not all(carried(name) for name in names) or len(set(names)) != len(names):
+            raise bad_argument(
+                self,
+                "tasks",
+                "be distinct, non-empty names without dot, slash or space",
+                repr(tasks),
+                "Name every task once",
+            )
         check_choice(level, LEVELS, "level", self)
+        if last_layer is not None and not isinstance(last_layer, nn.Module):
+            raise bad_argument(self, "last_layer", "be a module", repr(last_layer), "Pass the layer itself", TypeError)
         self.task_names = names
         self.balancer = resolve(balancer, names)
         self.level, self.weight_heads = level, weight_heads
         # Not a second registration of the layer: its parameters already have a name.
         object.__setattr__(self, "last_layer", last_layer)
         self.last_balance = None
-        self._shared_of: tuple[tuple[int, ...], list[Tensor]] | None = None
+        self._memory: dict[str, Any] = {}
 
     def balance(
         self,
@@ -116,9 +124,9 @@ class Balanced(_Base):
         Raises: ``ValueError`` if a task is unknown or left out, a loss is no scalar or has no gradient, features carry
         no gradient, or part of the graph cannot be seen (reentrant checkpoint, whole-module compile).
         """
-        self._check_names(losses)
+        self._check_names(losses, labelled)
         device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), self.device)
-        counts = torch.ones(len(self.task_names), dtype=torch.float64, device=device)
+        counts: list[Tensor | int] = [1] * len(self.task_names)
         values: list[Tensor] = []
         for index, name in enumerate(self.task_names):
             loss = losses[name]
@@ -138,8 +146,20 @@ class Balanced(_Base):
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the model itself, without the balancer's."""
+        return [parameter for parameter in self._remembered("own", self._all_own) if parameter.requires_grad]
+
+    def _all_own(self) -> list[nn.Parameter]:
         mine = {id(parameter) for parameter in self.balancer.parameters()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in mine]
+        return [parameter for parameter in self.parameters() if id(parameter) not in mine]
+
+    def _remembered(self, name: str, make: Callable[[], _Made]) -> _Made:
+        """What walking all modules would find again in every step, kept until the next epoch of a fit."""
+        if self._trainer is None:
+            return make()
+        if name not in self._memory:
+            self._memory[name] = make()
+        made: _Made = self._memory[name]
+        return made
 
     def setup(self, stage: str) -> None:
         """Check the Trainer, and prepare for several backwards, before anything is wrapped or run."""
@@ -158,12 +178,19 @@ class Balanced(_Base):
     def on_fit_start(self) -> None:
         """Check that the optimizer has the balancer's parameters."""
         super().on_fit_start()
+        self._memory.clear()
         check_balancer_is_optimized(self.balancer, self.trainer.optimizers, self)
+
+    def on_train_epoch_start(self) -> None:
+        """Look again at what belongs to whom: parameters may have come or gone."""
+        super().on_train_epoch_start()
+        self._memory.clear()
 
     def configure_callbacks(self) -> list[Any]:
         """Log the balance, unless the Trainer already has a monitor."""
-        callbacks = list(super().configure_callbacks())
-        if any(isinstance(callback, BalanceMonitor) for callback in self.trainer.callbacks):
+        given = super().configure_callbacks()
+        callbacks = list(given) if isinstance(given, Sequence) else [given]
+        if any(isinstance(callback, BalanceMonitor) for callback in cast(Any, self.trainer).callbacks):
             return callbacks
         return [*callbacks, BalanceMonitor()]
 
@@ -180,7 +207,7 @@ class Balanced(_Base):
     def _remember(self, balance: Balance) -> None:
         self.last_balance = balance
 
-    def _check_names(self, losses: Mapping[str, Any]) -> None:
+    def _check_names(self, losses: Mapping[str, Any], labelled: Mapping[str, Any] | None) -> None:
         if not isinstance(losses, Mapping) or set(losses) != set(self.task_names):
             got = listed(losses) if isinstance(losses, Mapping) else type(losses).__name__
             raise bad_argument(
@@ -189,6 +216,19 @@ class Balanced(_Base):
                 f"hold exactly the tasks {listed(self.task_names)}",
                 got,
                 "Pass None for a task without labels in this batch",
+            )
+        # With several processes the others may have labels, and would wait.
+        if world_size() == 1 and all(loss is None for loss in losses.values()):
+            raise bad_argument(
+                self,
+                "losses",
+                "hold a loss of at least one task",
+                "None for each",
+                "Return None from training_step to skip a batch without any label",
+            )
+        if labelled is not None and not set(labelled) <= set(self.task_names):
+            raise bad_argument(
+                self, "labelled", f"hold tasks among {listed(self.task_names)}", listed(labelled), "Correct the name"
             )
 
     def _absent_loss(self, device: torch.device) -> Tensor:
@@ -201,50 +241,36 @@ class Balanced(_Base):
         if isinstance(self.balancer, LossBalancer) or not torch.is_grad_enabled():
             return Step(losses, [], [], [], None, present=present)
         own = self.own_parameters()
-        if features is not None:
-            roots = self._roots(features, own, losses)
-            shared = self._behind(roots, own)
-            found_roots = [roots] * len(losses)
+        if features is None:
+            owned = in_graph(losses, self, own)
         else:
-            found = discover([loss for loss in losses if loss.requires_grad], self)
-            ids = {id(parameter) for parameter in found.shared}
-            flags = union_over_ranks([id(parameter) in ids for parameter in own], losses[0].device)
-            shared = [parameter for parameter, flag in zip(own, flags, strict=True) if flag]
-            found_roots = [found.edges] * len(losses) if found.edges else None
-        taken = {id(parameter) for parameter in shared}
-        private = [parameter for parameter in own if id(parameter) not in taken]
-        return Step(losses, shared, [], private, found_roots, present=present, last_layer=self._last_layer_of(shared))
+            roots = tensors_of(features)
+            # Walked again only when what trains has changed.
+            key = f"behind {hash(tuple(id(parameter) for parameter in own))}"
+            shared, private = self._remembered(key, lambda: behind_features(roots, losses, self, own))
+            owned = Owned(shared, [], private, [], list(roots))
+        return self._step(losses, owned, present, [owned.roots] * len(losses) if owned.roots else None)
 
-    def _roots(self, features: Any, own: list[nn.Parameter], losses: list[Tensor]) -> list[Tensor]:
-        roots = tensors_of(features)
-        if not roots:
-            ids = {id(leaf) for leaf in reached(losses, self)}
-            idle = [name for name, p in self.named_parameters() if any(p is q for q in own) and id(p) not in ids]
-            if idle:
+    def _step(
+        self,
+        losses: Sequence[Tensor],
+        owned: Owned,
+        present: Tensor | None,
+        roots: Sequence[Sequence[Root]] | None,
+        leaves: Sequence[Sequence[Tensor]] | None = None,
+    ) -> Step:
+        layer: list[Tensor] | None = None
+        if isinstance(self.balancer, GramBalancer) and self.balancer.gram_at == "last_layer":
+            module = cast("nn.Module | None", self.last_layer) or self._remembered(
+                "layer", lambda: last_layer(self.modules(), owned.shared)
+            )
+            layer = None if module is None else [p for p in module.parameters() if p.requires_grad]
+            if self.last_layer is not None and not {id(p) for p in layer or ()} <= {id(p) for p in owned.shared}:
                 raise bad_argument(
                     self,
-                    "features",
-                    "require grad",
-                    f"tensors without a gradient, while no loss reaches {listed(idle[:3])}",
-                    "Pass the encoder's output as the heads read it, without detach() or no_grad()",
+                    "last_layer",
+                    "be a part of what the tasks share",
+                    type(self.last_layer).__name__,
+                    "Pass the last module that all heads read from",
                 )
-        return roots
-
-    def _behind(self, roots: list[Tensor], own: list[nn.Parameter]) -> list[Tensor]:
-        """The shared parameters behind the features; the walk is repeated only when what trains has changed."""
-        key = tuple(id(parameter) for parameter in own)
-        if self._shared_of is None or self._shared_of[0] != key:
-            behind = {id(leaf) for leaf in reached(roots, self)}
-            self._shared_of = key, [parameter for parameter in own if id(parameter) in behind]
-        return self._shared_of[1]
-
-    def _last_layer_of(self, shared: list[Tensor]) -> list[Tensor] | None:
-        if not isinstance(self.balancer, GramBalancer) or self.balancer.gram_at != "last_layer":
-            return None
-        layer: nn.Module | None = self.last_layer
-        if layer is None:
-            ids = {id(parameter) for parameter in shared}
-            for module in self.modules():
-                if any(id(parameter) in ids for parameter in module.parameters(recurse=False)):
-                    layer = module
-        return None if layer is None else [p for p in layer.parameters() if p.requires_grad]
+        return Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present, layer)

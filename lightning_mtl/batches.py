@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.tasks import TaskRegistry
 
@@ -84,6 +87,27 @@ def groups_of(
         "Change the dataset or its collate function",
         TypeError,
     )
+
+
+def task_of_loader(loaders: Any, batch: Any, index: int, tasks: TaskRegistry) -> str | None:
+    """The task whose own loader an evaluation batch comes from; ``None`` if the batch is for all tasks.
+
+    Args:
+        loaders: what the Trainer evaluates on; with one loader per task a mapping of task names.
+        batch: the batch. A ``CombinedLoader`` that draws from all loaders at once makes mappings of tasks.
+        index: number of the loader, where they are run one after another.
+        tasks: the registry.
+    """
+    if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks) or not _is_pair(batch):
+        return None
+    if len(loaders) == 1 and isinstance(batch[1], Mapping):
+        return None
+    return str(list(loaders)[index])
+
+
+def num_samples(target: Any) -> int:
+    """How many samples a target, in any nested structure, is for."""
+    return next((len(leaf) for leaf in tree_leaves(target) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
 def _own(pair: Any, name: str, tasks: TaskRegistry, owner: object) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 def bad_argument(
     who: object, arg: str, expected: str, got: object, cure: str, kind: type[Exception] = ValueError
 ) -> Exception:
-    """Build the error that the caller raises: ``Who: `arg` must <expected>, got <value>. <Cure>.``
+    """Build the error that the caller raises.
+
+    Its text is ``Who: `arg` must <expected>, got <value>. <Cure>.``
 
     Args:
         who: the object whose argument is wrong (its class name is printed) or a name.
@@ -35,13 +38,20 @@ def listed(names: Iterable[object]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
 
 
+def carried(name: object) -> bool:
+    """Whether every logger can carry the name as a part of a key."""
+    return isinstance(name, str) and bool(name) and not any(character in name for character in "./ ")
+
+
 def check_num_tasks(num_tasks: int, owner: object) -> None:
-    if not isinstance(num_tasks, int) or num_tasks < 1:
+    """``T`` must be an integer >= 1."""
+    if not isinstance(num_tasks, int) or isinstance(num_tasks, bool) or num_tasks < 1:
         raise bad_argument(owner, "num_tasks", "be an integer >= 1", repr(num_tasks), "Pass the number of tasks")
 
 
 def check_losses(losses: Tensor, num_tasks: int, owner: object) -> None:
-    if losses.shape != (num_tasks,):
+    """One number per task."""
+    if not isinstance(losses, Tensor) or losses.shape != (num_tasks,):
         raise bad_argument(
             owner,
             "losses",
@@ -52,7 +62,8 @@ def check_losses(losses: Tensor, num_tasks: int, owner: object) -> None:
 
 
 def check_gram(gram: Tensor, num_tasks: int, owner: object) -> None:
-    if gram.shape != (num_tasks, num_tasks):
+    """Inner products, ``[T, T]``."""
+    if not isinstance(gram, Tensor) or gram.shape != (num_tasks, num_tasks):
         raise bad_argument(
             owner,
             "gram",
@@ -63,7 +74,8 @@ def check_gram(gram: Tensor, num_tasks: int, owner: object) -> None:
 
 
 def check_rows(rows: Tensor, num_tasks: int, owner: object) -> None:
-    if rows.ndim != 2 or len(rows) != num_tasks:
+    """One row per task, ``[T, N]``."""
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != num_tasks:
         raise bad_argument(
             owner,
             "rows",
@@ -74,6 +86,7 @@ def check_rows(rows: Tensor, num_tasks: int, owner: object) -> None:
 
 
 def check_present(present: Tensor, num_tasks: int, owner: object) -> None:
+    """One bool per task."""
     if present.shape != (num_tasks,) or present.dtype != torch.bool:
         raise bad_argument(
             owner,
@@ -85,16 +98,33 @@ def check_present(present: Tensor, num_tasks: int, owner: object) -> None:
 
 
 def check_choice(value: object, choices: Sequence[str], arg: str, owner: object) -> None:
+    """One of a few strings."""
     if value not in choices:
         raise bad_argument(owner, arg, f"be one of {listed(choices)}", repr(value), "Choose one of these")
 
 
-def check_number(value: object, arg: str, owner: object, *, low: float, exclusive: bool = False) -> None:
+def check_number(value: object, arg: str, owner: object, *, low: float | None = None, exclusive: bool = False) -> None:
     """A finite real number, at least (or, if ``exclusive``, above) ``low``."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    if not (fine and value < float("inf") and (value > low if exclusive else value >= low)):  # type: ignore[operator]
-        sign = ">" if exclusive else ">="
-        raise bad_argument(owner, arg, f"be a finite number {sign} {low:g}", repr(value), "Choose another value")
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if fine and low is not None:
+        fine = value > low if exclusive else value >= low  # type: ignore[operator]
+    if not fine:
+        bound = "" if low is None else f" {'>' if exclusive else '>='} {low:g}"
+        raise bad_argument(owner, arg, f"be a finite number{bound}", repr(value), "Choose another value")
+
+
+def check_integer(value: object, arg: str, owner: object, *, low: int) -> None:
+    """An integer, at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise bad_argument(owner, arg, f"be an integer >= {low}", repr(value), "Choose another value")
+
+
+def check_tensor(value: object, arg: str, owner: object) -> None:
+    """A tensor."""
+    if not isinstance(value, Tensor):
+        raise bad_argument(
+            owner, arg, "be a tensor", type(value).__name__, "Change the head, the dataset or its collate", TypeError
+        )
 
 
 def check_task_loss(loss: object, name: str, owner: object) -> None:

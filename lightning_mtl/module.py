@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -14,10 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_mtl.balanced import Balanced
 from lightning_mtl.balancers.base import Balancer, GramBalancer
-from lightning_mtl.batches import Group, groups_of
-from lightning_mtl.checks import bad_argument, check_choice, shape
-from lightning_mtl.engine import leaves_per_head, rescale_to_global, tensors_of
+from lightning_mtl.batches import Group, groups_of, num_samples, task_of_loader
+from lightning_mtl.checks import bad_argument, check_choice, listed, shape
+from lightning_mtl.engine import leaves_per_head, reached, rescale_to_global, tensors_of
 from lightning_mtl.engine.gather import mean_over_ranks
+from lightning_mtl.metrics.total_loss import TotalLoss
+from lightning_mtl.ownership import Owned, declared
 from lightning_mtl.tasks import Task, TaskRegistry
 from lightning_mtl.types import Step
 
@@ -31,7 +33,7 @@ class _TaskResult:
     """One task in one batch."""
 
     loss: Tensor
-    count: Tensor | None
+    count: Tensor | int | None
     output: Any
     target: Any
     mask: Tensor | None
@@ -62,14 +64,16 @@ class MultiTaskModule(Balanced, pl.LightningModule):
     ``{task: (input, target)}``, where each task sees its own samples and ``None`` stands for an exhausted loader.
 
     Logs: ``{stage}/loss``, ``{stage}/loss/{task}``, ``{stage}/{task}/{metric}`` for the stages train, val, test (in
-    training every ``log_every_n_steps``), and the scalars of ``BalanceMonitor``.
+    training every ``log_every_n_steps``), and the scalars of ``BalanceMonitor``. A task's loss is the mean over its
+    labels, NaN if there are none; ``{stage}/loss`` is the sum over the tasks that have any.
 
     Raises: ``ValueError`` or ``TypeError`` if an argument is wrong, and at the first batch if it does not fit.
 
     Example:
         >>> import torch
         >>> from lightning_mtl.tasks import ClassificationTask, RegressionTask
-        >>> tasks = {"seg": ClassificationTask(torch.nn.Linear(4, 3), 3), "depth": RegressionTask(torch.nn.Linear(4, 1))}
+        >>> seg, depth = torch.nn.Linear(4, 3), torch.nn.Linear(4, 1)
+        >>> tasks = {"seg": ClassificationTask(seg, num_classes=3), "depth": RegressionTask(depth)}
         >>> module = MultiTaskModule(torch.nn.Linear(8, 4), tasks, balancer="pcgrad")
         >>> {name: list(out.shape) for name, out in module(torch.ones(2, 8)).items()}
         {'seg': [2, 3], 'depth': [2, 1]}
@@ -118,9 +122,14 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         self.encoder = encoder
         self.tasks = registry
         self.input_key, self.train_metrics, self.strict_targets = input_key, train_metrics, strict_targets
+        self.total_loss = nn.ModuleDict({stage: TotalLoss(len(registry)) for stage in ("val", "test")})
         self._optimizer_fn, self._scheduler_fn, self._lr_interval = optimizer, lr_scheduler, lr_interval
         if isinstance(last_layer, str):
             last_layer = self._named_layer(last_layer)
+        if last_layer is not None and not any(last_layer is layer for layer in encoder.modules()):
+            raise bad_argument(
+                self, "last_layer", "be a module inside the encoder", repr(last_layer), "Pass it or its name"
+            )
         object.__setattr__(self, "last_layer", last_layer)
         plain = balancer if isinstance(balancer, str | dict) else None
         self.save_hyperparameters({"level": level} | ({"balancer": plain} if plain else {}))
@@ -132,9 +141,11 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The balanced loss of a batch; its value is the objective, or the plain sum of the losses."""
-        results = self._run(batch, cut=isinstance(self.balancer, GramBalancer) and torch.is_grad_enabled())
+        cut = isinstance(self.balancer, GramBalancer) and torch.is_grad_enabled()
+        cut = cut and (self.level == "features" or not self._owned().tied)
+        results = self._run(batch, cut=cut)
         losses, present = self._global_losses(results)
-        self._log_training(results, losses)
+        self._log_training(results, losses, present)
         return self._balanced(self._declared_step(results, losses, present))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -211,62 +222,79 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             target, mask = task.pick(group.targets, group.inputs, name)
             loss, count = task.mean_loss(output, target, name, mask)
             leaves = tensors_of(copy) if cut else None
+            if torch.is_grad_enabled() and not loss.requires_grad and _trains(task, copy):
+                raise bad_argument(
+                    task,
+                    f"loss of '{name}'",
+                    "have a gradient",
+                    "a tensor with requires_grad=False",
+                    "Remove detach(), no_grad() or rounding from the head and the loss",
+                )
             results[name] = _TaskResult(loss, count, output, target, mask, roots, leaves)
         return results
 
     def _global_losses(self, results: dict[str, _TaskResult]) -> tuple[list[Tensor], Tensor | None]:
         """Per task the mean over the global batch's labelled samples, and who is present; ``None``: everybody."""
-        losses, counts, partial = [], [], False
+        losses: list[Tensor] = []
+        counts: list[Tensor | int] = []
         for name in self.task_names:
             result = results.get(name)
-            if result is None:
-                losses.append(self._absent_loss(self.device))
-                counts.append(torch.zeros((), dtype=torch.float64, device=self.device))
-                partial = True
-                continue
-            losses.append(result.loss)
-            counts.append(result.count if result.count is not None else result.loss.new_ones((), dtype=torch.float64))
-            partial = partial or result.count is not None
-        if not partial:
+            losses.append(self._absent_loss(self.device) if result is None else result.loss)
+            counts.append(0 if result is None else 1 if result.count is None else result.count)
+        if len(results) == len(self.task_names) and all(result.count is None for result in results.values()):
             return losses, None
-        return rescale_to_global(losses, torch.stack(counts))
+        return rescale_to_global(losses, counts)
 
     def _declared_step(self, results: dict[str, _TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         if not isinstance(self.balancer, GramBalancer) or not torch.is_grad_enabled():
             return Step(losses, [], [], [], None, present=present)
-        shared: list[Tensor] = [p for p in self.encoder.parameters() if p.requires_grad]
-        seen, several = {id(p) for p in shared}, {}
-        for task in self.tasks.children_in_order():
-            for parameter in task.parameters():
-                if parameter.requires_grad and id(parameter) in seen:
-                    several[id(parameter)] = parameter
-                seen.add(id(parameter))
-        several = {key: p for key, p in several.items() if not any(p is q for q in shared)}
-        taken = {id(p) for p in shared} | several.keys()
-        private: list[Tensor] = [p for p in self.own_parameters() if id(p) not in taken]
-        empty: list[Tensor] = []
+        owned = self._owned()
+        if owned.tied:
+            if self.level == "parameters":
+                # The way into the encoder past the features must count too: whole backwards from each loss.
+                return self._step(losses, owned, present, None)
+            owned.private = [*owned.private, *owned.tied]
+        nothing: list[Tensor] = []
         found = [results.get(name) for name in self.task_names]
-        roots = [empty if result is None else result.roots for result in found]
+        if self.level == "parameters":
+            # Refuses a reentrant checkpoint, through which no row can be taken.
+            self._remembered("walked", lambda: reached([root for r in results.values() for root in r.roots], self))
+        roots = [nothing if result is None else result.roots for result in found]
         leaves = None
         if any(result is not None and result.leaves is not None for result in found):
             leaves = [[] if result is None or result.leaves is None else result.leaves for result in found]
-        last_layer = self._last_layer_of(shared)
-        return Step(losses, shared, list(several.values()), private, roots, leaves, present, last_layer)
+        return self._step(losses, owned, present, roots, leaves)
+
+    def _owned(self) -> Owned:
+        """Who owns the trainable parameters now."""
+        every = self._remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, self._all_own()))
+        lists = (every.shared, every.shared_heads, every.private, every.tied)
+        shared, heads, private, tied = ([p for p in parameters if p.requires_grad] for parameters in lists)
+        return Owned(shared, heads, private, tied)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         loaders = self.trainer.val_dataloaders if stage == "val" else self.trainer.test_dataloaders
-        name = list(loaders)[dataloader_idx] if isinstance(loaders, Mapping) and len(loaders) > 1 else None
+        name = task_of_loader(loaders, batch, dataloader_idx, self.tasks)
+        if name is None and dataloader_idx > 0:
+            raise bad_argument(
+                self,
+                f"{stage}_dataloaders",
+                f"be one loader, or one per task ({listed(self.tasks)})",
+                f"{len(loaders)} loaders" + (f" named {listed(loaders)}" if isinstance(loaders, Mapping) else ""),
+                "Join them with ConcatDataset, or override validation_step and test_step",
+            )
         results = self._run(batch, dataloader=name)
-        total: Tensor | None = None
+        total: Any = self.total_loss[stage]
         for task, result in results.items():
-            size = len(result.target) if result.count is None else int(result.count)
+            size = num_samples(result.target) if result.count is None else int(result.count)
             self._log_now(f"{stage}/loss/{task}", result.loss, size)
             metrics = self.tasks[task].update_metrics(stage, result.output, result.target, task, result.mask)
             for key, metric in metrics.items():
                 self._log_now(f"{stage}/{task}/{key}", metric, size)
-            total = result.loss if total is None else total + result.loss
-        if total is not None and len(results) == len(self.task_names):
-            self._log_now(f"{stage}/loss", total, len(next(iter(results.values())).target))
+            total.update(self.task_names.index(task), result.loss, size)
+        # With a loader per task Lightning takes one key from one loader only; the total is known after the last.
+        if name is None or dataloader_idx == len(loaders) - 1:
+            self._log_now(f"{stage}/loss", total, 1)
 
     def _log_now(self, key: str, value: Any, size: int) -> None:
         self.log(
@@ -279,17 +307,18 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             add_dataloader_idx=False,
         )
 
-    def _log_training(self, results: dict[str, _TaskResult], losses: list[Tensor]) -> None:
+    def _log_training(self, results: dict[str, _TaskResult], losses: list[Tensor], present: Tensor | None) -> None:
         if self.train_metrics:
             for task, result in results.items():
                 metrics = self.tasks[task].update_metrics("train", result.output, result.target, task, result.mask)
                 for key, metric in metrics.items():
                     self.log(f"train/{task}/{key}", metric, on_step=False, on_epoch=True, batch_size=1)
-        every = self.trainer.log_every_n_steps if self._trainer is not None else 0
+        every = cast(Any, self.trainer).log_every_n_steps if self._trainer is not None else 0
         if every and (self.trainer.global_step + 1) % every == 0:
             values = mean_over_ranks(torch.stack([loss.detach() for loss in losses]))
             keys = [f"train/loss/{name}" for name in self.task_names]
-            self.log_dict(dict(zip(keys, values, strict=True)), prog_bar=True, batch_size=1)
+            shown = values if present is None else values.where(present, torch.nan)
+            self.log_dict(dict(zip(keys, shown, strict=True)), prog_bar=True, batch_size=1)
             self.log("train/loss", values.sum(), batch_size=1)
 
     def _named_layer(self, name: str) -> nn.Module:
@@ -299,3 +328,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             raise bad_argument(
                 self, "last_layer", "be a module inside the encoder", repr(name), "Correct the name"
             ) from error
+
+
+def _trains(task: Task, features: Any) -> bool:
+    """Whether the task's loss has anything to train: a head, or what lies behind the features."""
+    return bool(tensors_of(features)) or any(parameter.requires_grad for parameter in task.parameters())

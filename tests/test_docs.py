@@ -138,4 +138,5 @@ def test_relative_links_lead_to_files(page):
 
 
 def test_every_page_is_found_by_pages():
-    assert len(PAGES) > 8 and all(page.is_file() for page in PAGES)
+    assert len(PAGES) > 8
+    assert all(page.is_file() for page in PAGES)

@@ -19,7 +19,11 @@ LAYERS = {
     "tasks": 4,
     "sharing": 4,
     "metrics": 4,
+    "ownership": 4,
+    "balanced": 5,
+    "batches": 5,
     "module": 5,
+    "trainer_checks": 5,
     "callbacks": 6,
     "cli": 6,
 }

@@ -14,7 +14,7 @@ PACKAGE = Path(lightning_mtl.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in FILES}
 PARAMETERS = ["who", "arg", "expected", "got", "cure", "kind"]
-FORM = re.compile(r"[\w.\[\]' ]+: `[^`]+` must \S.*, got .*\. [A-Z`].*[^.]\.", re.DOTALL)
+FORM = re.compile(r"[\w.\[\]' -]+: `[^`]+` must \S.*, got .*\. [A-Z`].*[^.]\.", re.DOTALL)
 
 
 def called(node: ast.AST | None) -> str:
@@ -62,7 +62,8 @@ def other_raises(source: str, makers: set[str] = MAKERS) -> Iterator[int]:
         if not isinstance(node, ast.Raise) or node.exc is None or called(node.exc) in makers:
             continue
         name = called(node.exc) or getattr(node.exc, "id", "")
-        if not (name == "NotImplementedError" and id(node) in abstract):
+        fits = isinstance(node.exc, ast.Call) and FORM.fullmatch(fixed_text(next(iter(node.exc.args), None)) or "")
+        if not (fits or name == "SystemExit" or (name == "NotImplementedError" and id(node) in abstract)):
             yield node.lineno
 
 
@@ -102,6 +103,7 @@ def test_every_wording_fits_the_form(name):
     "source",
     [
         "raise ValueError('no')",
+        "raise ValueError(f'A: `b` must be 1, got {b}.')",
         "def f(x):\n    if x:\n        raise RuntimeError",
         "def f(x):\n    x += 1\n    raise NotImplementedError",
         "def f(x):\n    raise KeyError(x) from None",
@@ -115,6 +117,8 @@ def test_another_raise_is_found(source):
     "source",
     [
         "raise bad_argument('A', 'b', 'be 1', 2, 'Pass 1')",
+        "raise OSError(f'A: `b` must be 1, got {b}. Pass 1.')",
+        "raise SystemExit(2)",
         "try:\n    f()\nexcept ValueError:\n    raise",
         "def f(x):\n    '''Filled in by each method.'''\n    raise NotImplementedError",
     ],

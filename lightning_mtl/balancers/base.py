@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_mtl.checks import (
     bad_argument,
     check_gram,
+    check_integer,
     check_losses,
     check_num_tasks,
-    check_number,
     check_present,
     check_rows,
     listed,
@@ -81,9 +81,13 @@ class Balancer(nn.Module):
                     listed(unknown),
                     "Correct the name; tasks left out keep the default",
                 )
-            return [convert(values.get(name, default)) for name in names] or [default] * self.num_tasks
+            return [self._entry(values.get(name, default), arg, convert) for name in names] or [
+                default
+            ] * self.num_tasks
+        if isinstance(values, Tensor):
+            values = values.tolist()
         if isinstance(values, str) or not isinstance(values, Sequence):
-            return [convert(values)] * self.num_tasks
+            return [self._entry(values, arg, convert)] * self.num_tasks
         if len(values) != self.num_tasks:
             raise bad_argument(
                 self,
@@ -92,7 +96,20 @@ class Balancer(nn.Module):
                 f"{len(values)} entries",
                 "Give one entry per task, in task order, or a mapping of task names",
             )
-        return [convert(value) for value in values]
+        return [self._entry(value, arg, convert) for value in values]
+
+    def _entry(self, value: object, arg: str, convert: Callable[[Any], Any]) -> Any:
+        try:
+            return convert(value)
+        except (TypeError, ValueError) as error:
+            raise bad_argument(
+                self,
+                arg,
+                "hold one number per task",
+                repr(value),
+                "Give a number, a sequence in task order, or a mapping of task names",
+                type(error),
+            ) from error
 
     def _keep_buffers(self, before: dict[str, Tensor | None], *, on_cpu: bool) -> None:
         """Undo casts (``precision="bf16-true"`` would ruin counters and moments) and, on demand, moves."""
@@ -131,9 +148,12 @@ class LossBalancer(Balancer):
         Shapes: losses ``[T]``, present bool ``[T]`` -> ``[]``.
         """
         check_losses(losses, self.num_tasks, self)
-        if present is None or self.indifferent_to_absent:
+        if present is None:
             return self.objective(losses)
         check_present(present, self.num_tasks, self)
+        if self.indifferent_to_absent:
+            # Cut off, not left out: no device sync, and the weight of an absent task is 0.
+            return self.objective(torch.where(present.to(losses.device), losses, 0))
         tasks = present.to(losses.device).nonzero().squeeze(1)
         if len(tasks) == 0:
             return losses.sum() * 0
@@ -180,8 +200,8 @@ class GramBalancer(Balancer):
 
     def __init__(self, num_tasks: int, every_n_steps: int = 1) -> None:
         super().__init__(num_tasks)
-        check_number(every_n_steps, "every_n_steps", self, low=1)
-        self.every_n_steps = int(every_n_steps)
+        check_integer(every_n_steps, "every_n_steps", self, low=1)
+        self.every_n_steps = every_n_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("last_weights", torch.ones(num_tasks, dtype=torch.float64))
 

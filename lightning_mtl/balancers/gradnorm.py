@@ -88,6 +88,7 @@ class GradNorm(GramBalancer):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
         offset = torch.tensor(self._by_task(self._offset_given, 0.0, "loss_offset", float), dtype=torch.float64)
         self.register_buffer("loss_offset", offset, persistent=False)
+        self._check_given()
 
     def bind(self, names: Sequence[str]) -> None:
         super().bind(names)
@@ -97,6 +98,23 @@ class GradNorm(GramBalancer):
         if isinstance(self._initial_given, dict):
             values = self._by_task(self._initial_given, float("nan"), "initial_losses", float)
             self.initial_losses.copy_(torch.tensor(values, dtype=torch.float64))
+        self._check_given()
+
+    def _check_given(self) -> None:
+        if self.names is None and isinstance(self._offset_given, dict):
+            return  # asked again when the names are known
+        if not bool(torch.isfinite(self.loss_offset).all()):
+            raise bad_argument(
+                self, "loss_offset", "be finite", self.loss_offset.tolist(), "Pass a lower bound of the losses"
+            )
+        if bool((self.initial_losses <= self.loss_offset).any()):  # NaN: not given
+            raise bad_argument(
+                self,
+                "initial_losses",
+                "lie above the offset, because the method divides by them",
+                self.initial_losses.tolist(),
+                "Leave them out, or pass a smaller loss_offset=",
+            )
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         used = self.task_weights[tasks].clone()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
+from lightning_mtl.checks import check_integer
 
 
 class PCGrad(GramBalancer):
@@ -37,22 +39,23 @@ class PCGrad(GramBalancer):
 
     def __init__(self, num_tasks: int, seed: int = 0, every_n_steps: int = 1) -> None:
         super().__init__(num_tasks, every_n_steps)
+        check_integer(seed, "seed", self, low=0)
         self.seed = seed
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         num = len(gram)
+        # In numpy: with a handful of numbers per operation, calling torch would take most of the time.
+        inner = gram.numpy(force=True)
+        squared = inner.diagonal()
+        inverse = np.divide(1.0, squared, out=np.zeros(num), where=squared > 0)
         # Row i of `mix` writes the cut gradient of task i as a combination of the raw ones.
-        mix = torch.eye(num, dtype=gram.dtype, device=gram.device)
-        if num == 1:
-            return mix[0]
-        squared = gram.diagonal()
-        inverse = torch.where(squared > 0, 1 / squared, torch.zeros_like(squared))
-        rows = torch.arange(num, device=gram.device)
+        mix = np.eye(num)
+        rows = np.arange(num)
         # The cut of task i never looks at the cut of another, so all tasks take their k-th turn together.
-        for j in self._orders(num).to(gram.device).T:
-            opposed = (mix * gram[j]).sum(1).clamp(max=0)
+        for j in self._orders(num).numpy().T:
+            opposed = np.minimum((mix * inner[j]).sum(1), 0.0)
             mix[rows, j] -= opposed * inverse[j]
-        return mix.sum(0)
+        return torch.from_numpy(mix.sum(0)).to(gram.device)
 
     def _orders(self, num: int) -> Tensor:
         """For each task a random order of the others: ``[P, P - 1]``."""

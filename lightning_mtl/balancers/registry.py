@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lightning_mtl.balancers.base import Balancer
 from lightning_mtl.checks import bad_argument, listed
 
@@ -63,6 +65,7 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
 
     Raises: ``TypeError`` if it is none of these; ``ValueError`` if its task number or its options do not fit.
     """
+    balancer: object
     if isinstance(spec, Balancer):
         balancer = spec
     elif isinstance(spec, str):
@@ -73,8 +76,8 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
             raise bad_argument(
                 "balancer", "balancer", "have the keys class_path and init_args", listed(spec), "Write it so"
             )
-        balancer = load(spec["class_path"], len(names), **dict(spec.get("init_args") or {}))
-    elif callable(spec):
+        balancer = load(spec["class_path"], len(names), **_options(spec.get("init_args") or {}))
+    elif callable(spec) and (issubclass(spec, Balancer) if isinstance(spec, type) else not isinstance(spec, nn.Module)):
         balancer = spec(len(names))
     else:
         balancer = spec
@@ -91,14 +94,33 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
     return balancer
 
 
+def _options(given: object) -> dict[str, Any]:
+    """The ``init_args`` of a mapping."""
+    if not isinstance(given, Mapping):
+        raise bad_argument(
+            "balancer", "init_args", "be a mapping of options", type(given).__name__, "Write name: value", TypeError
+        )
+    if "num_tasks" in given:
+        raise bad_argument(
+            "balancer",
+            "init_args",
+            "leave out num_tasks, which is known from the tasks",
+            given["num_tasks"],
+            "Remove it",
+        )
+    return dict(given)
+
+
 def _find(name: str) -> type[Balancer]:
+    if not isinstance(name, str):
+        raise _unknown(name)
     if name in available():
         return _class_in(name)
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:
             cls = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise _unknown(name) from error
         if isinstance(cls, type) and issubclass(cls, Balancer):
             return cls
@@ -120,7 +142,7 @@ def _class_in(key: str) -> type[Balancer]:
     return cls
 
 
-def _unknown(name: str) -> Exception:
+def _unknown(name: object) -> Exception:
     return bad_argument(
         "balancer",
         "balancer",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
-from lightning_mtl.checks import bad_argument, check_choice
+from lightning_mtl.checks import bad_argument, check_choice, check_number
 
 _FORMS = ("regression", "classification")
 
@@ -49,6 +49,7 @@ class Uncertainty(LossBalancer):
         initial_log_variance: float = 0.0,
     ) -> None:
         super().__init__(num_tasks)
+        check_number(initial_log_variance, "initial_log_variance", self)
         self._given = dict(forms) if isinstance(forms, Mapping) else forms
         self.log_variance = nn.Parameter(torch.full((num_tasks,), float(initial_log_variance)))
         # Derived from the arguments, not learned: nothing to save.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 
-from lightning_mtl.checks import check_number
+from lightning_mtl.checks import check_integer
 from lightning_mtl.linalg import conflict, cosines
 from lightning_mtl.types import Balance
 
@@ -27,15 +27,20 @@ class BalanceMonitor(pl.Callback):
 
     def __init__(self, every_n_steps: int | None = None, cosines: bool = True) -> None:
         if every_n_steps is not None:
-            check_number(every_n_steps, "every_n_steps", self, low=1)
+            check_integer(every_n_steps, "every_n_steps", self, low=1)
         self.every_n_steps, self.cosines = every_n_steps, cosines
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from here: a resumed run does not start at 0."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, in every n-th optimizer step."""
         balance: Balance | None = getattr(pl_module, "last_balance", None)
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or cast(Any, trainer).log_every_n_steps
         if balance is not None and every and trainer.global_step % every == 0:
             pl_module.log_dict(balance_scalars(balance, with_cosines=self.cosines), batch_size=1)
 

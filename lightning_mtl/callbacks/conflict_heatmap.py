@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -60,7 +60,7 @@ class ConflictHeatmap(pl.Callback):
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer, matrix: torch.Tensor, epoch: int) -> None:
         figure = heatmap(matrix, self._names, f"mean gradient cosine, epoch {epoch}")
-        for logger in trainer.loggers:
+        for logger in cast("list[Any]", trainer.loggers):
             if hasattr(logger, "log_image"):
                 logger.log_image(self.key, [figure], step=trainer.global_step)
             elif hasattr(logger.experiment, "add_figure"):

@@ -15,3 +15,4 @@ from lightning_mtl.engine.plain import backward as backward
 from lightning_mtl.engine.shared import Reach as Reach
 from lightning_mtl.engine.shared import discover as discover
 from lightning_mtl.engine.shared import reached as reached
+from lightning_mtl.engine.shared import reached_beside as reached_beside

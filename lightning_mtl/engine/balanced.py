@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,11 +81,13 @@ def _objective(step: Step, balancer: LossBalancer, names: tuple[str, ...], repor
         losses = losses + (mean_over_ranks(losses.detach()) - losses).detach()
     objective = balancer(losses, step.present)
     if report is not None and losses.requires_grad:
+        # The hook holds nothing of the graph: a cycle through a node is never collected.
+        values, present = losses.detach(), step.present
         scale: list[Tensor] = []
         objective.register_hook(scale.append)
 
         def weights_arrived(grad: Tensor) -> None:
-            report(Balance(names, losses.detach(), grad / scale.pop(), present=step.present))
+            report(Balance(names, values, grad / scale.pop(), present=present))
 
         losses.register_hook(weights_arrived)
     return objective
@@ -168,8 +171,8 @@ class _Solver:
         back = self._weighted_roots(heads, weights)
         return [*back, *add_up(heads.shared_heads, weights), *self._private(heads.private, weights)]
 
-    def _weigh(self, gram: Tensor | None, scale: Tensor) -> Tensor:
-        """Ask the balancer, report, and bring the weights to where they are used: float64 ``[T]``."""
+    def _weigh(self, gram: Tensor | None, scale: Tensor) -> list[float]:
+        """Ask the balancer and report; ``T`` numbers, which a kernel takes without a transfer."""
         losses = torch.stack([loss.detach().double() for loss in self.step.losses])
         present = self.step.present
         total: Tensor | None = None
@@ -180,7 +183,7 @@ class _Solver:
             weights = self.balancer(total, losses, present)
         if self.report is not None:
             self.report(Balance(self.names, losses, weights, total, present))
-        return weights.to(scale.device)
+        return cast("list[float]", weights.tolist())
 
     def _gram_of_heads(self, heads: HeadGrads) -> Tensor | None:
         """From feature gradients: the gram there, at the last layer, or none if this step reuses its weights."""
@@ -215,25 +218,23 @@ class _Solver:
         ]
         return parts_gram(rows, disjoint=False)
 
-    def _combine(self, exchange: RowExchange, weights: Tensor) -> list[Tensor]:
+    def _combine(self, exchange: RowExchange, weights: list[float]) -> list[Tensor]:
         """``weights @ rows`` of this rank; DDP averages the result, which is linear in the rows."""
         rows = exchange.rows[:, : exchange.size]
         wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        update = torch.mv(wide.T, weights.to(wide.dtype)).to(rows.dtype)
+        update = torch.mv(wide.T, torch.tensor(weights, dtype=wide.dtype, device=wide.device)).to(rows.dtype)
         return unflatten(update, [*self.step.shared, *self.step.shared_heads])
 
-    def _private(self, per_task: list[Grads], weights: Tensor) -> Grads:
+    def _private(self, per_task: list[Grads], weights: list[float]) -> Grads:
         return add_up(per_task, weights if self.weight_heads else None)
 
-    def _weighted_roots(self, heads: HeadGrads, weights: Tensor) -> Grads:
+    def _weighted_roots(self, heads: HeadGrads, weights: list[float]) -> Grads:
         """What flows back into each distinct root."""
         assert self.step.roots is not None
         if self._common_roots():
             return add_up(heads.roots, weights)
         return [
-            None if grad is None else grad * weights[task].to(grad)
-            for task, grads in enumerate(heads.roots)
-            for grad in grads
+            None if grad is None else grad * weights[task] for task, grads in enumerate(heads.roots) for grad in grads
         ]
 
     def _distinct_roots(self) -> list[Tensor]:

@@ -17,18 +17,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rescale_to_global(losses: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+def rescale_to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple[list[Tensor], Tensor | None]:
     """Turn means over this rank's labelled samples into shares of the mean over the global batch's.
 
     Each loss is multiplied by ``count * world / global count``, so that the average over the ranks, which the
     gradient all-reduce takes, is the mean over all labelled samples.
 
-    Shapes: ``T`` scalars, counts float64 ``[T]`` of this rank -> ``T`` scalars, present bool ``[T]``.
+    Args:
+        losses: ``T`` scalars.
+        counts: per task the number of this rank's labelled samples; a tensor ``[]`` only where the host would have
+            to wait for the number.
+
+    Returns: ``T`` scalars, and who is present in the global batch, bool ``[T]``; ``None`` if surely everybody.
     """
-    total = counts.clone()
-    if world_size() > 1:
-        dist.all_reduce(total)
-    factors = counts * world_size() / total.clamp(min=1)
+    device = losses[0].device
+    if world_size() == 1:
+        if all(isinstance(count, int) for count in counts):
+            present = [count > 0 for count in counts]
+            return list(losses), None if all(present) else torch.tensor(present, device=device)
+        return list(losses), torch.stack([torch.as_tensor(count, device=device) for count in counts]) > 0
+    mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
+    total = mine.clone()
+    dist.all_reduce(total)
+    factors = mine * world_size() / total.clamp(min=1)
     return [loss * factor.to(loss.dtype) for loss, factor in zip(losses, factors, strict=True)], total > 0
 
 

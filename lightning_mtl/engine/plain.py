@@ -13,7 +13,7 @@ from lightning_mtl.checks import bad_argument, check_task_loss, listed
 from lightning_mtl.engine.balanced import balanced_loss
 from lightning_mtl.engine.compiled import is_compiled, several_backwards_allowed
 from lightning_mtl.engine.cut import tensors_of
-from lightning_mtl.engine.shared import discover, reached
+from lightning_mtl.engine.shared import discover, reached, reached_beside
 from lightning_mtl.types import Balance, Step
 
 _WHO = "lightning_mtl.backward"
@@ -118,6 +118,14 @@ def _step(
     chosen = [p for p in shared if p.requires_grad] if shared is not None else reached(roots_of_all or [], _WHO)
     taken = {id(parameter) for parameter in chosen}
     private = [leaf for leaf in everything if id(leaf) not in taken]
+    if roots_of_all is not None and any(id(leaf) in taken for leaf in reached_beside(losses, roots_of_all, _WHO)):
+        raise bad_argument(
+            _WHO,
+            "features",
+            "hold everything that the heads read of the shared part",
+            "losses that also reach it beside the features",
+            "Add the other tensors, as in features=(z, skip), or leave features out",
+        )
     if roots_of_all is not None and shared is not None:
         behind = {id(leaf) for leaf in reached(roots_of_all, _WHO)}
         if missing := taken - behind:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
         grads = grad_of(step.losses, inputs, seeds, keep=False)
         ends = [sum(width[:task]) for task in range(len(width) + 1)]
         return HeadGrads(
-            [grads[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)],
+            [grads[begin:end] for begin, end in pairwise(ends)],
             [[] for _ in roots],
             [grads[ends[-1] :]],
         )
@@ -116,15 +118,19 @@ def unflatten(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-def add_up(per_task: Sequence[Grads], weights: Tensor | None = None) -> Grads:
-    """Sum (or weighted sum, weights ``[T]``) over tasks of gradients that may be missing."""
+def add_up(per_task: Sequence[Grads], weights: Sequence[float] | None = None) -> Grads:
+    """Sum, or weighted sum, over tasks of gradients that may be missing."""
     total: Grads = []
     for column in zip(*per_task, strict=True):
         found: Tensor | None = None
         for task, grad in enumerate(column):
-            if grad is not None:
-                term = grad if weights is None else grad * weights[task].to(grad)
-                found = term if found is None else found + term
+            if grad is None:
+                continue
+            weight = 1.0 if weights is None else weights[task]
+            if found is None:
+                found = grad if weights is None else grad * weight
+            else:
+                found = torch.add(found, grad, alpha=weight)
         total.append(found)
     return total
 
@@ -142,10 +148,16 @@ def _exchange(step: Step) -> RowExchange:
     return RowExchange(len(step.losses), sum(tensor.numel() for tensor in shared), shared[0])
 
 
-def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Tensor], *, keep: bool) -> Grads:
+def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Tensor | None], *, keep: bool) -> Grads:
     """``torch.autograd.grad`` that gives ``None`` for what is not reached, also if nothing is asked or attached."""
-    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if not isinstance(o, Tensor) or o.requires_grad]
+    pairs = [
+        (o, s)
+        for o, s in zip(outputs, seeds, strict=True)
+        if s is not None and (not isinstance(o, Tensor) or o.requires_grad)
+    ]
     if not inputs or not pairs:
         return [None] * len(inputs)
     ends, starts = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(ends, inputs, starts, retain_graph=keep, allow_unused=True))
+    # Tensors and edges may be mixed, which torch takes but does not declare.
+    wanted = cast(Any, inputs)
+    return list(torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True))

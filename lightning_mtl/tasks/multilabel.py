@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score
 
-from lightning_mtl.checks import bad_argument, listed
+from lightning_mtl.checks import bad_argument, check_tensor, shape
 from lightning_mtl.tasks.task import Task
 
 
@@ -47,19 +47,21 @@ class MultiLabelTask(Task):
         return output.sigmoid()
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Tensor, Tensor]:
-        if output.ndim != 2 or output.shape[1] != len(self.labels):
+        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] != len(self.labels):
             raise bad_argument(
                 self,
                 f"output of '{name}'",
                 f"have shape [B, K] with K = {len(self.labels)}",
-                list(output.shape),
+                shape(output),
                 "Change the head's last layer or num_labels",
             )
+        check_tensor(target, f"target of '{name}'", self)
         target = target if target.is_floating_point() else target.to(output.dtype)
         return self.match_elementwise(output, target, name), target
 
     def only_labelled(self, output: Tensor, target: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
-        return output[labelled], target[labelled].long()
+        # Metrics would take logits for probabilities where all happen to lie in [0, 1].
+        return output[labelled].sigmoid(), target[labelled].long()
 
     def per_label(self, target: str) -> dict[str, Task]:
         """One task per label, all reading this task's head, so that a balancer sees each label's gradient.
@@ -69,20 +71,27 @@ class MultiLabelTask(Task):
         Args:
             target: key of the target ``[B, K]`` in the batch.
         """
-        return {label: _LabelTask(self.head, column, target, self.mask) for column, label in enumerate(self.labels)}
+        return {label: LabelTask(self, column, target) for column, label in enumerate(self.labels)}
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")
 
 
-class _LabelTask(MultiLabelTask):
-    """Label ``column`` of a head that all labels share."""
+class LabelTask(MultiLabelTask):
+    """One label of a head that all labels share; made by ``MultiLabelTask.per_label``.
+
+    Args:
+        all_labels: the task of all labels.
+        column: which of them.
+        target: key of the target ``[B, K]`` in the batch.
+    """
 
     shares_head = True
 
-    def __init__(self, head: nn.Module, column: int, target: str, mask: str | None) -> None:
-        super().__init__(head, 1, target=target, mask=mask)
-        self.column = column
+    def __init__(self, all_labels: MultiLabelTask, column: int, target: str) -> None:
+        metrics = all_labels._metrics_on("val")
+        super().__init__(all_labels.head, [all_labels.labels[column]], metrics, target=target, mask=all_labels.mask)
+        self.column, self.num_columns = column, len(all_labels.labels)
 
     def forward(self, features: Any) -> Tensor:
         output: Tensor = self.head(features)
@@ -90,21 +99,30 @@ class _LabelTask(MultiLabelTask):
 
     def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:
         target, mask = super().pick(targets, inputs, name)
+        if not isinstance(target, Tensor) or target.ndim != 2 or target.shape[1] != self.num_columns:
+            raise bad_argument(
+                self,
+                f"target of '{name}'",
+                f"have shape [B, K] with K = {self.num_columns}",
+                shape(target),
+                "Give one column per label",
+            )
         column = slice(self.column, self.column + 1)
         return target[:, column], mask[:, column] if mask is not None and mask.ndim == 2 else mask
 
 
 def _label_names(num_labels: int | Sequence[str]) -> list[str]:
+    names: list[str] = []
     if isinstance(num_labels, int) and not isinstance(num_labels, bool):
         names = [f"label{column}" for column in range(num_labels)]
-    else:
+    elif isinstance(num_labels, Sequence) and not isinstance(num_labels, str):
         names = list(num_labels)
     if not names or len(set(names)) != len(names):
         raise bad_argument(
             "MultiLabelTask",
             "num_labels",
-            "be a number >= 1 or distinct label names",
-            listed(names),
+            "be an integer >= 1 or distinct label names",
+            repr(num_labels),
             "Name every label once",
         )
     return names

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric
 
-from lightning_mtl.checks import check_choice
+from lightning_mtl.checks import bad_argument, check_choice, shape
 from lightning_mtl.tasks.task import Task
 
 
@@ -47,6 +47,15 @@ class ReconstructionTask(Task):
         return inputs, None if self.mask is None else self._entry(targets, self.mask, name)
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Tensor, Tensor]:
+        for what, value in {"output": output, "target": target}.items():
+            if not isinstance(value, Tensor) or value.ndim < 2:
+                raise bad_argument(
+                    self,
+                    f"{what} of '{name}'",
+                    "be a tensor [B, ...]",
+                    shape(value),
+                    "Change the head, or pass target= with the key of the tensor to give back",
+                )
         target = target.flatten(1)
         return self.match_elementwise(output.flatten(1), target, name), target
 

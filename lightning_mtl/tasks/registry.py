@@ -48,11 +48,12 @@ class TaskRegistry(nn.Module):
 
         Raises: as the constructor.
         """
-        if not usable_name(name, self._tasks):
+        # "loss" would make two meanings of the log key "val/loss/...".
+        if not usable_name(name, self._tasks) or name == "loss":
             raise bad_argument(
                 self,
                 "name",
-                "be a new, non-empty string without dot, slash or space that is no attribute of a module",
+                "be a new, non-empty string without dot, slash or space, not 'loss' and no attribute of a module",
                 repr(name),
                 f"Rename the task (known: {listed(self)})",
             )
@@ -67,12 +68,13 @@ class TaskRegistry(nn.Module):
             )
         for other, known in self.items():
             common = {id(p) for p in known.parameters()} & {id(p) for p in task.parameters()}
-            if common and not (getattr(task, "shares_head", False) and getattr(known, "shares_head", False)):
+            meant = getattr(task, "shares_head", False) and getattr(known, "shares_head", False)
+            if task is known or (common and not meant):
                 raise bad_argument(
                     self,
                     f"tasks['{name}']",
                     "have a head of its own",
-                    f"parameters of the head of {other!r}",
+                    f"that of {other!r}",
                     "Build one head per task; to share one, put it into the encoder or use MultiLabelTask.per_label",
                 )
         self._tasks[name] = task
@@ -98,7 +100,8 @@ class TaskRegistry(nn.Module):
         """Names and tasks, in order."""
         return iter(self._tasks.items())  # type: ignore[arg-type]
 
-    def children_in_order(self) -> list[Task]:
+    @property
+    def tasks(self) -> list[Task]:
         """The tasks alone, in order."""
         return [task for _, task in self.items()]
 
@@ -113,7 +116,7 @@ class TaskRegistry(nn.Module):
         return self._tasks[name]  # type: ignore[return-value]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tasks
+        return isinstance(name, str) and name in self._tasks
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tasks)

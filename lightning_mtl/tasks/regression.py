@@ -48,7 +48,7 @@ class RegressionTask(Task):
         if not isinstance(target, Tensor) or not target.is_floating_point():
             got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
             raise bad_argument(
-                self, f"target of '{name}'", "be floating-point", got, "Convert it with .float()", TypeError
+                self, f"target of '{name}'", "be a floating-point tensor", got, "Convert it with .float()", TypeError
             )
         return self.match_elementwise(output, target, name), target
 

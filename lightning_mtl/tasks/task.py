@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from lightning_mtl.checks import bad_argument, listed, shape
+from lightning_mtl.checks import bad_argument, carried, check_tensor, listed, shape
 
 Loss = Callable[[Any, Any], Tensor]
 STAGES = ("train", "val", "test")
@@ -36,7 +38,7 @@ _ELEMENTWISE_MODULES = (
 
 def usable_name(name: object, container: nn.ModuleDict) -> bool:
     """Whether a ModuleDict and a logger can carry the name."""
-    return isinstance(name, str) and bool(name) and not any(c in name for c in "./ ") and not hasattr(container, name)
+    return carried(name) and not hasattr(container, str(name))
 
 
 class Task(nn.Module):
@@ -100,6 +102,10 @@ class Task(nn.Module):
         self.target, self.missing, self.mask = target, missing, mask
         # "train" would be an attribute of every module, hence the prefix.
         self.metrics = nn.ModuleDict({f"on_{stage}": nn.ModuleDict() for stage in STAGES})
+        if metrics is not None and not isinstance(metrics, Mapping | nn.ModuleDict):
+            raise bad_argument(
+                self, "metrics", "be a mapping of names to metrics", type(metrics).__name__, "Pass a dict", TypeError
+            )
         for name, metric in (metrics or {}).items():
             self._add_metric(name, metric)
 
@@ -136,12 +142,15 @@ class Task(nn.Module):
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Any, Any]:
         """Bring output and target to the shapes that the loss takes, or refuse them."""
-        if isinstance(self.loss, _ELEMENTWISE_MODULES) or self.loss in _ELEMENTWISE:
+        loss = self.loss.func if isinstance(self.loss, partial) else self.loss
+        if isinstance(loss, _ELEMENTWISE_MODULES) or loss in _ELEMENTWISE:
             return self.match_elementwise(output, target, name), target
         return output, target
 
     def match_elementwise(self, output: Tensor, target: Tensor, name: str) -> Tensor:
         """Output ``[B, 1]`` meets target ``[B]``; any other difference of shapes is an error, never a broadcast."""
+        check_tensor(output, f"output of '{name}'", self)
+        check_tensor(target, f"target of '{name}'", self)
         if output.shape == target.shape:
             return output
         if output.ndim == target.ndim + 1 and output.shape[:-1] == target.shape and output.shape[-1] == 1:
@@ -154,41 +163,50 @@ class Task(nn.Module):
             "Change the head or reshape the target; shapes are never broadcast",
         )
 
-    def labelled(self, target: Any, mask: Tensor | None) -> Tensor | None:
+    def labelled(self, target: Any, mask: Tensor | None, name: str) -> Tensor | None:
         """True where a label is present, in the target's (or the mask's) shape; ``None`` if all are."""
         if not self.partial:
             return None
         found: Tensor | None = None
-        if self.missing == "nan":
-            found = ~torch.isnan(target)
-        elif self.missing is not None:
-            found = target != self.missing
+        if self.missing is not None:
+            check_tensor(target, f"target of '{name}'", self)
+            # Only NaN differs from itself.
+            found = target == target if self.missing == "nan" else target != self.missing
         if mask is None:
             return found
-        mask = mask.bool()
+        check_tensor(mask, f"mask of '{name}'", self)
+        if mask.dtype != torch.bool:
+            raise bad_argument(
+                self, f"mask of '{name}'", "be a bool tensor", mask.dtype, "Convert it with .bool()", TypeError
+            )
         if found is None:
             return mask
-        return found & mask.reshape(mask.shape + (1,) * (found.ndim - mask.ndim))
+        if mask.shape != found.shape[: mask.ndim]:
+            raise self._bad_mask(name, found, mask)
+        return found & _spread(mask, found)
 
     def mean_loss(
         self, output: Any, target: Any, name: str, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | int | None]:
         """The mean loss over this batch's labelled entries, and how many there are.
 
-        Returns: a scalar, exactly 0 with zero gradient without any label, and the count ``[]`` (float64); ``None``
-        for the count if labels cannot be missing.
+        Returns: a scalar, exactly 0 with zero gradient without any label, and the count (a tensor ``[]`` only where
+        reading it would make the host wait); ``None`` for the count if labels cannot be missing.
         """
         output, target = self.match(output, target, name)
-        labelled = self.labelled(target, mask)
+        labelled = self.labelled(target, mask, name)
         if labelled is None:
-            loss = self.loss(output, target)
+            loss = self._loss_of(output, target, name)
             return (loss if loss.ndim == 0 else loss.mean()), None
-        loss = self.loss(output, self._filled(target, labelled))
+        complete = labelled.device.type == "cpu" and bool(labelled.all())
+        loss = self._loss_of(output, target if complete else _filled(target, labelled), name)
+        if complete and loss.ndim:
+            return loss.mean(), loss.numel()
         labelled = self._like_loss(labelled, loss, name)
         count = labelled.sum()
         # where, not a product: the loss at a missing label may be NaN or infinite.
         kept = torch.where(labelled, loss, torch.zeros((), dtype=loss.dtype, device=loss.device))
-        return kept.sum() / count.clamp(min=1), count.double()
+        return kept.sum() / count.clamp(min=1), count
 
     @torch.no_grad()
     def update_metrics(
@@ -197,8 +215,8 @@ class Task(nn.Module):
         """Show the labelled entries of a batch to the metrics of a stage; returns them by name."""
         metrics = self._metrics_on(stage)
         if metrics:
-            output, target = self.match(output, target, name)
-            labelled = self.labelled(target, mask)
+            output, target = self.match(tree_map(_detached, output), target, name)
+            labelled = self.labelled(target, mask, name)
             if labelled is not None:
                 output, target = self.only_labelled(output, target, labelled)
             if len(target):
@@ -210,9 +228,26 @@ class Task(nn.Module):
         """The labelled entries alone, flattened as metrics take them."""
         return output[labelled], target[labelled]
 
-    def _filled(self, target: Tensor, labelled: Tensor) -> Tensor:
-        """The target with a harmless value where it is NaN; an ignore index stays for the loss to know."""
-        return torch.nan_to_num(target, nan=0.0) if self.missing == "nan" else target
+    def _loss_of(self, output: Any, target: Any, name: str) -> Tensor:
+        loss = self.loss(output, target)
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise bad_argument(
+                self,
+                f"loss of '{name}'",
+                "be a floating-point tensor",
+                loss.dtype if isinstance(loss, Tensor) else type(loss).__name__,
+                "Return the loss itself, without .item(), comparisons or rounding",
+                TypeError,
+            )
+        if isinstance(target, Tensor) and loss.numel() > max(target.numel(), 1):
+            raise bad_argument(
+                self,
+                f"loss of '{name}'",
+                f"have at most one entry per entry of the target, {shape(target)}",
+                shape(loss),
+                "Bring output and target to one shape; shapes are never broadcast",
+            )
+        return loss
 
     def _like_loss(self, labelled: Tensor, loss: Tensor, name: str) -> Tensor:
         if loss.ndim == 0:
@@ -224,13 +259,16 @@ class Task(nn.Module):
                 'Use reduction="none"; the task takes the mean over the labelled entries',
             )
         if labelled.ndim <= loss.ndim and labelled.shape == loss.shape[: labelled.ndim]:
-            return labelled.reshape(labelled.shape + (1,) * (loss.ndim - labelled.ndim)).expand_as(loss)
-        raise bad_argument(
+            return _spread(labelled, loss).expand_as(loss)
+        raise self._bad_mask(name, loss, labelled)
+
+    def _bad_mask(self, name: str, like: Tensor, mask: Tensor) -> Exception:
+        return bad_argument(
             self,
             f"mask of '{name}'",
-            f"have the leading dimensions of the loss, {shape(loss)}",
-            shape(labelled),
-            "Give one entry per label",
+            f"have the leading dimensions of the labels, {shape(like)}",
+            shape(mask),
+            "Give one entry per label or per sample",
         )
 
     def _entry(self, targets: Mapping[str, Any], key: str, name: str) -> Any:
@@ -270,3 +308,23 @@ class Task(nn.Module):
     def _metrics_on(self, stage: str) -> dict[str, Metric]:
         group: Any = self.metrics[f"on_{stage}"]
         return dict(group.items())
+
+
+def _spread(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of the leading dimensions, ready to meet a tensor with more of them."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def _filled(target: Any, labelled: Tensor) -> Any:
+    """The target with 0 where there is no label: what stands there may be NaN or no class, and must not reach the loss.
+
+    A loss at 0 is finite and so is its gradient; both are dropped afterwards.
+    """
+    if not isinstance(target, Tensor) or labelled.shape != target.shape[: labelled.ndim]:
+        return target
+    return torch.where(_spread(labelled, target), target, torch.zeros((), dtype=target.dtype, device=target.device))
+
+
+def _detached(value: Any) -> Any:
+    """Without the graph, which a metric that keeps its inputs would keep too."""
+    return value.detach() if isinstance(value, Tensor) else value
