@@ -1,14 +1,16 @@
-"""How many seconds `import lightning_mtl` adds to `import lightning`.
+"""How many seconds lightning_mtl adds to `import lightning`.
 
 Run:    python benchmarks/import_time.py [repeats]
 Prints: the median over fresh processes of each import, their difference, and what lightning_mtl takes where
-        lightning was imported just before: the same question without the noise of starting up.
+        lightning was imported just before: the same question without the noise of starting up. The package imports
+        its parts on first use, so all of its public names are asked for.
 """
 
 import statistics
 import subprocess
 import sys
 
+OURS = "from lightning_mtl import *"
 TIMED = """
 import time
 start = time.perf_counter()
@@ -28,17 +30,17 @@ def seconds(first: str, second: str = "") -> tuple[float, float]:
 
 
 def main(repeats: int = 7) -> None:
-    seconds("import lightning_mtl")  # writes the byte code and warms the disk cache
+    seconds(OURS)  # writes the byte code and warms the disk cache
     alone, ours, added = [], [], []
     for _ in range(repeats):  # taken in turn, so that a busy machine slows all three alike
         alone.append(seconds("import lightning")[0])
-        ours.append(seconds("import lightning_mtl")[0])
-        added.append(seconds("import lightning", "import lightning_mtl")[1])
+        ours.append(seconds(OURS)[0])
+        added.append(seconds("import lightning", OURS)[1])
     base, both = statistics.median(alone), statistics.median(ours)
-    print(f"import lightning                        {base:6.2f} s   (median of {repeats} fresh processes)")
-    print(f"import lightning_mtl                    {both:6.2f} s")
-    print(f"difference                              {both - base:6.2f} s")
-    print(f"import lightning_mtl after lightning    {statistics.median(added):6.2f} s")
+    print(f"import lightning                   {base:6.2f} s   (median of {repeats} fresh processes)")
+    print(f"{OURS}        {both:6.2f} s")
+    print(f"difference                         {both - base:6.2f} s")
+    print(f"the same after import lightning    {statistics.median(added):6.2f} s")
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         return Owned(shared, heads, private, tied)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:
-        loaders = self.trainer.val_dataloaders if stage == "val" else self.trainer.test_dataloaders
+        loaders: Any = self.trainer.val_dataloaders if stage == "val" else self.trainer.test_dataloaders
         name = task_of_loader(loaders, batch, dataloader_idx, self.tasks)
         if name is None and dataloader_idx > 0:
             raise bad_argument(

@@ -31,15 +31,19 @@ def added_by(statement: str, *, before: str = "import sys") -> set[str]:
 def test_nothing_heavy_is_imported_beyond_what_lightning_brings():
     # Lightning and torchmetrics import some of these themselves where they are installed (matplotlib, rich, scipy),
     # and a library on top of them cannot change that.
-    added = added_by("import lightning_mtl", before="import lightning")
+    added = added_by("from lightning_mtl import *", before="import lightning")
     assert "lightning_mtl" in added
     assert not added & HEAVY
+
+
+def test_the_command_line_starts_without_torch():
+    assert not added_by("import lightning_mtl.cli") & {"torch", "lightning"}
 
 
 def test_import_works_where_the_optional_packages_are_missing():
     # None in sys.modules makes the import of that name fail, as if it were not installed.
     missing = "sys.modules.update(dict.fromkeys(['jsonargparse', 'sklearn', 'wandb']))"
-    assert "lightning_mtl" in added_by("import lightning_mtl, lightning_mtl.callbacks", before=missing)
+    assert "lightning_mtl" in added_by("from lightning_mtl import *; import lightning_mtl.callbacks", before=missing)
 
 
 def public_names() -> list[tuple[str, str]]:

@@ -20,11 +20,11 @@ LAYERS = {
     "sharing": 4,
     "metrics": 4,
     "ownership": 4,
+    "callbacks": 4,
     "balanced": 5,
     "batches": 5,
     "module": 5,
     "trainer_checks": 5,
-    "callbacks": 6,
     "cli": 6,
 }
 # Nothing in the package may know these; recipes are shipped beside it and read as files.

@@ -50,20 +50,20 @@ def only_raises(function: ast.FunctionDef) -> bool:
 
 
 def other_raises(source: str, makers: set[str] = MAKERS) -> Iterator[int]:
-    """Lines that raise something else than an error of the one form."""
+    """Lines that raise something else than an error of the one form, or what Python asks for where it stands."""
     tree = ast.parse(source)
-    abstract = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and only_raises(function)
-        for node in ast.walk(function)
-    }
+    allowed: dict[int, str] = {}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            name = "NotImplementedError" if only_raises(function) else ""
+            name = "AttributeError" if function.name == "__getattr__" else name
+            allowed |= {id(node): name for node in ast.walk(function) if name}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Raise) or node.exc is None or called(node.exc) in makers:
             continue
         name = called(node.exc) or getattr(node.exc, "id", "")
         fits = isinstance(node.exc, ast.Call) and FORM.fullmatch(fixed_text(next(iter(node.exc.args), None)) or "")
-        if not (fits or name == "SystemExit" or (name == "NotImplementedError" and id(node) in abstract)):
+        if not (fits or name == "SystemExit" or name == allowed.get(id(node))):
             yield node.lineno
 
 
@@ -107,6 +107,7 @@ def test_every_wording_fits_the_form(name):
         "def f(x):\n    if x:\n        raise RuntimeError",
         "def f(x):\n    x += 1\n    raise NotImplementedError",
         "def f(x):\n    raise KeyError(x) from None",
+        "def f(x):\n    if x:\n        raise AttributeError(x)",
     ],
 )
 def test_another_raise_is_found(source):
@@ -119,6 +120,7 @@ def test_another_raise_is_found(source):
         "raise bad_argument('A', 'b', 'be 1', 2, 'Pass 1')",
         "raise OSError(f'A: `b` must be 1, got {b}. Pass 1.')",
         "raise SystemExit(2)",
+        "def __getattr__(name):\n    if name in HOMES:\n        return 1\n    raise AttributeError(name)",
         "try:\n    f()\nexcept ValueError:\n    raise",
         "def f(x):\n    '''Filled in by each method.'''\n    raise NotImplementedError",
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_mtl.checks import check_integer
 from lightning_mtl.linalg import conflict, cosines
@@ -17,7 +18,7 @@ class BalanceMonitor(pl.Callback):
     Modules built on ``Balanced`` add one by themselves; pass your own to the Trainer to change ``every_n_steps``.
 
     Args:
-        every_n_steps: by default the Trainer's ``log_every_n_steps``.
+        every_n_steps: optimizer steps from one log to the next; by default the Trainer's ``log_every_n_steps``.
         cosines: whether to log the cosine of every pair of tasks (``T (T - 1) / 2`` scalars).
 
     Logs ``balance/weight/{task}``, and where the balancer has a gram ``balance/norm/{task}``,
@@ -40,9 +41,19 @@ class BalanceMonitor(pl.Callback):
     ) -> None:
         """Log, in every n-th optimizer step."""
         balance: Balance | None = getattr(pl_module, "last_balance", None)
-        every = self.every_n_steps or cast(Any, trainer).log_every_n_steps
-        if balance is not None and every and trainer.global_step % every == 0:
-            pl_module.log_dict(balance_scalars(balance, with_cosines=self.cosines), batch_size=1)
+        stepped, self._last_step = trainer.global_step > self._last_step, trainer.global_step
+        usual: int = cast(Any, trainer).log_every_n_steps
+        every = self.every_n_steps or usual
+        if balance is None or not stepped or not every or trainer.global_step % every:
+            return
+        scalars = balance_scalars(balance, with_cosines=self.cosines)
+        if every == usual:
+            pl_module.log_dict(scalars, batch_size=1)
+            return
+        # Lightning would write these in the steps in which it logs only, and there again and again.
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step - 1)
 
 
 def balance_scalars(balance: Balance, *, with_cosines: bool = True) -> dict[str, float]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_mtl.cli import folder
+
+Parser = argparse.ArgumentParser
+Action = Callable[[argparse.Namespace, Sequence[str]], int]
 
 # Installed with the extra `recipes`; the package itself works without them.
 _EXTRA = {"jsonargparse", "matplotlib", "rich", "sklearn"}
@@ -21,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status. A wrong argument prints one message and exits with 2."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    subparser: argparse.ArgumentParser = options.parser
+    subparser: Parser = options.parser
     foreign = [word for word in rest if word.startswith("-") and "." not in word]
     if foreign or (rest and options.action is not _compare):
         subparser.error(f"unrecognized arguments: {' '.join(foreign or rest)}")
@@ -35,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.error(f"{error.name} is not installed. Run: pip install 'lightning-mtl[recipes]'")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-mtl", description="Run and compare multi-task recipes.")
+def _parser() -> Parser:
+    parser = Parser(prog="lightning-mtl", description="Run and compare multi-task recipes.")
     actions = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, action: object, text: str, **options: str) -> argparse.ArgumentParser:
-        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False, **options)
+    def add(name: str, action: Action, text: str, usage: str | None = None, epilog: str | None = None) -> Parser:
+        sub = actions.add_parser(name, help=text, description=text, usage=usage, epilog=epilog, allow_abbrev=False)
         sub.set_defaults(action=action, parser=sub)
         return sub
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -51,8 +53,7 @@ class RecipeCLI(LightningCLI):
         trainer_defaults: Mapping[str, Any],
         args: Sequence[str] | None = None,
     ) -> None:
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message)
+        _be_quiet()
         path = Path(recipe)
         logger = {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -79,26 +80,32 @@ class RecipeCLI(LightningCLI):
         return super().init_parser(**{"allow_abbrev": False, "exit_on_error": False, **options})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        try:
-            self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            self._exit(error.message)
+        with self._exit_on(ArgumentError):
+            self.config = parser.parse_args(cast("list[str]", args))
+
+    def _parse_ckpt_path(self) -> None:
+        with self._exit_on(ArgumentError):
+            super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
         torch.set_num_threads(self._get(self.config, "threads"))
 
     def instantiate_classes(self) -> None:
-        try:
+        # The form of this package's errors (checks.py): an argument is wrong, and the text says what to do.
+        with self._exit_on(TypeError, ValueError, text=r"[\w.]+: `"):
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            # The form of this package's errors (checks.py): a wrong argument, and the text says what to do.
-            if re.match(r"[\w.]+: `", str(error)) is None:
-                raise
-            self._exit(str(error))
 
-    def _exit(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.parser.prog}: error: {self._explain(message)}\n")
-        raise SystemExit(2)
+    @contextmanager
+    def _exit_on(self, *errors: type[Exception], text: str = "") -> Iterator[None]:
+        """Turn these errors, if their text begins so, into a message and the exit status 2."""
+        try:
+            yield
+        except errors as error:
+            message = getattr(error, "message", str(error))
+            if re.match(text, message) is None:
+                raise
+            sys.stderr.write(f"{self.parser.prog}: error: {self._explain(message)}\n")
+            raise SystemExit(2) from None
 
     def _explain(self, message: str) -> str:
         """A parser's message, with the names that could have been meant if it is about an unknown one."""
@@ -126,6 +133,16 @@ def _unknown_option(balancer: str, option: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _be_quiet() -> None:
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
 
 
 def _summary(model: type) -> str:

@@ -48,8 +48,8 @@ def delta_m(
     results = _by_key(result, "result")
     bases = _by_key(base, "base")
     highers = _by_key(higher, "higher")
-    for name, values in {"base": bases, "higher": highers}.items():
-        _check_same_metrics(values.keys(), results.keys(), name)
+    _check_same_metrics(bases, results, "base")
+    _check_same_metrics(highers, results, "higher")
     worse = {
         key: _percent_worse(float(value), float(bases[key]), _as_bool(highers[key], key), key)
         for key, value in results.items()
@@ -57,7 +57,7 @@ def delta_m(
     if groups is None:
         return _mean(worse.values())
     tasks = _by_key(groups, "groups")
-    _check_same_metrics(tasks.keys(), results.keys(), "groups")
+    _check_same_metrics(tasks, results, "groups")
     by_task: dict[Hashable, list[float]] = {}
     for key, percent in worse.items():
         by_task.setdefault(tasks[key], []).append(percent)
@@ -67,7 +67,7 @@ def delta_m(
 def _by_key(values: Mapping[str, Value] | Sequence[Value], name: str) -> dict[Hashable, Value]:
     """Metrics by name, or by their place in a sequence."""
     if isinstance(values, Mapping):
-        keyed: dict[Hashable, Value] = dict(values)
+        keyed: dict[Hashable, Value] = {name: value for name, value in values.items()}  # noqa: C416 (str keys widen)
     elif isinstance(values, str) or not isinstance(values, Iterable):
         expected = "be a mapping of metric names or a sequence"
         raise bad_argument("delta_m", name, expected, repr(values), "Pass one entry per metric", TypeError)

@@ -23,9 +23,15 @@ from lightning_mtl.tasks import RegressionTask
 class Small(MultiTaskModule):
     """Two regressions."""
 
-    def __init__(self, balancer: Callable[[int], Balancer] | str = "fixed", tasks: list[str] = ["a", "b"], lr: float = 0.1) -> None:
+    def __init__(
+        self,
+        balancer: Callable[[int], Balancer] | str = "fixed",
+        tasks: list[str] = ["a", "b"],
+        level: str = "parameters",
+        lr: float = 0.1,
+    ) -> None:
         every_task = {name: RegressionTask(nn.Linear(3, 1)) for name in ("a", "b")}
-        super().__init__(nn.Linear(4, 3), {name: every_task[name] for name in tasks}, balancer)
+        super().__init__(nn.Linear(4, 3), {name: every_task[name] for name in tasks}, balancer, level)
         self.save_hyperparameters()
 
 

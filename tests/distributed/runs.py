@@ -67,11 +67,9 @@ class Run:
     epochs: int = 1
 
     def __str__(self) -> str:
-        named = ("balancer", "level", "do", "model", "labels", "ddp")
-        parts = [getattr(self, f.name) for f in fields(self) if f.name in named]
-        shown = [part for part, f in zip(parts, fields(self), strict=False) if part != f.default or f.name in named[:2]]
-        rest = [f"{f.name}{getattr(self, f.name)}" for f in fields(self)[len(named) :] if getattr(self, f.name) != f.default]
-        return "-".join([*shown, *rest])
+        given = {f.name: getattr(self, f.name) for f in fields(self)[2:] if getattr(self, f.name) != f.default}
+        words = [value if isinstance(value, str) else f"{name}_{value}" for name, value in given.items()]
+        return "-".join([self.balancer, self.level, *words])
 
 
 def execute(run: Run) -> Any:
@@ -130,9 +128,9 @@ def labelled(labels: str, num: int) -> dict[str, Tensor]:
             there[task] = torch.rand(num, generator=generator) < torch.where(first, 0.85, 0.35)
     elif labels == "silent":  # in turn, one of the processes has no label of any task
         silent = ((batch == 1) & first) | ((batch == 4) & ~first)
-        there = {task: ~silent for task in TASKS}
+        there = dict.fromkeys(TASKS, ~silent)
     elif labels == "empty":  # a batch without any label
-        there = {task: batch != 4 for task in TASKS}
+        there = dict.fromkeys(TASKS, batch != 4)
     return there
 
 
@@ -142,11 +140,10 @@ def dataset(labels: str, num: int, seed: int = 0) -> Samples:
     targets["kind"] = targets["kind"].where(there["kind"], torch.tensor(-100))
     targets["size"] = targets["size"].where(there["size"], torch.nan)
     targets["shape"] = targets["shape"].where(there["shape"][:, None], torch.nan)
+    if labels == "colours":
+        return Samples(x, {"colours": (x[:, :3] > 0).float(), "size": targets["size"]})
     if labels in ("inf", "huge"):  # at one sample of process 1: the loss is infinite, or only its scaled gradient
         targets["size"][OVERFLOW * BATCH + BATCH - 3] = torch.inf if labels == "inf" else 1e6
-    if labels == "colours":
-        targets["colours"] = (x[:, :3] > 0).float()
-        targets = {"colours": targets["colours"], "size": targets["size"]}
     return Samples(x, targets)
 
 
@@ -255,9 +252,9 @@ def per_label(run: Run) -> MultiTaskModule:
 MODELS: dict[str, Callable[[Run], Any]] = {
     "declared": declared,
     "loaders": declared,
+    "handwritten": lambda run: HandWritten(),
     "features": Hand,
     "graph": Hand,
-    "handwritten": lambda run: HandWritten(),
     "synchronised": lambda run: declared(run, encoder=lambda: nn.Sequential(mlp(), SyncCentre(), nn.Tanh())),
     "weight_heads": lambda run: declared(run, weight_heads=True),
     "frozen": frozen,
@@ -276,19 +273,17 @@ def trainer_of(run: Run, **options: Any) -> L.Trainer:
     return trainer(max_epochs=run.epochs, accumulate_grad_batches=run.accumulate, **clip, **options)
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The balancer's parameters and buffers, as they are now."""
-    balancer = getattr(model, "balancer", None)
-    return {} if balancer is None else {key: value.clone() for key, value in balancer.state_dict().items()}
+def state_of(balancer: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers as they are now."""
+    return {key: value.detach().clone() for key, value in balancer.state_dict().items()}
 
 
 def fit(run: Run, ckpt_path: str | None = None) -> dict[str, Any]:
     model = MODELS[run.model](run)
-    started = network(model)
     fitted = trainer_of(run)
     options = {"ckpt_path": ckpt_path, "weights_only": True} if ckpt_path else {}
     fitted.fit(model, training_data(run), **options)
-    return {"network": network(model), "started": started, "balancer": state_of(model), "steps": fitted.global_step}
+    return {"network": network(model), "balancer": state_of(getattr(model, "balancer", nn.Module()))}
 
 
 def logs(run: Run) -> dict[str, float]:
@@ -299,13 +294,13 @@ def logs(run: Run) -> dict[str, float]:
     return {key: value.item() for key, value in fitted.callback_metrics.items()}
 
 
-def checkpoint(run: Run) -> dict[str, Any]:
+def checkpoint(run: Run) -> str:
     model = MODELS[run.model](run)
     fitted = trainer_of(run)
     fitted.fit(model, training_data(run))
     path = Path(os.environ["OUT"], f"{run}.ckpt")
     fitted.save_checkpoint(path)
-    return {"path": str(path)}
+    return str(path)
 
 
 class Snapshots(L.Callback):
@@ -318,7 +313,7 @@ class Snapshots(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.network.append(network(pl_module))
-        self.balancer.append(state_of(pl_module))
+        self.balancer.append(state_of(pl_module.balancer))
         self.scale.append(trainer.precision_plugin.scaler.get_scale())  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -376,7 +371,9 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = mlp()
-        self.heads = nn.ModuleDict({"kind": nn.Linear(WIDTH, 3), "size": nn.Linear(WIDTH, 1), "shape": nn.Linear(WIDTH, 2)})
+        self.heads = nn.ModuleDict(
+            {"kind": nn.Linear(WIDTH, 3), "size": nn.Linear(WIDTH, 1), "shape": nn.Linear(WIDTH, 2)}
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         z = self.encoder(x)
@@ -386,7 +383,6 @@ class Net(nn.Module):
 def loop(run: Run) -> dict[str, Any]:
     """A loop without any Trainer: plain DDP, or Fabric."""
     net, balancer = Net(), resolve(run.balancer, TASKS)
-    started = network(net)
     optimizer = sgd([*net.parameters(), *balancer.parameters()])
     wrapped: Any = net
     backward_fn = None
@@ -411,7 +407,7 @@ def loop(run: Run) -> dict[str, Any]:
         if due:
             optimizer.step()
             optimizer.zero_grad()
-    return {"network": network(net), "started": started, "balancer": state_of_balancer(balancer), "steps": run.steps}
+    return {"network": network(net), "balancer": state_of(balancer)}
 
 
 DO: dict[str, Callable[[Run], Any]] = {

@@ -1,0 +1,87 @@
+"""The table of balancers: one line each, with what it promises. A new balancer adds its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers import Balancer, GramBalancer, LossBalancer, load
+
+
+@dataclass(frozen=True)
+class Case:
+    """One balancer.
+
+    Args:
+        key: its short name.
+        promises: each is a test in ``test_balancers.py`` that runs for the balancers that give it.
+        known: the first weights for the rows (-4, 1, 1) and (6, 1, 1) and the losses 1 and 1, worked out by hand.
+        alone: the weight of a single task.
+        learned: the names of its trainable parameters.
+    """
+
+    key: str
+    promises: frozenset[str]
+    known: tuple[float, float]
+    alone: float = 1.0
+    learned: tuple[str, ...] = ()
+
+    def make(self, num_tasks: int) -> Balancer:
+        return load(self.key, num_tasks)
+
+    def used(self, num_tasks: int, steps: int = 3) -> Balancer:
+        """One whose state is no longer that of the first step."""
+        balancer = self.make(num_tasks)
+        with torch.no_grad():
+            for parameter in balancer.parameters():
+                parameter.copy_(torch.linspace(-1, 1.3, num_tasks))
+        for seed in range(steps):
+            weigh(balancer, rows(num_tasks, seed=seed), losses(num_tasks, seed=seed))
+        return balancer
+
+
+def case(key: str, *promises: str, known: tuple[float, float], **more: object) -> Case:
+    return Case(key, frozenset(promises), known, **more)  # type: ignore[arg-type]
+
+
+CASES = [
+    case("fixed", "scale_free", "equivariant", "sum_if_agreeing", "ignores_state", known=(1, 1)),
+    case("gradnorm", "scale_free", "equivariant", "sums_to_T", "never_negative", known=(1, 1)),
+    case(
+        "pcgrad",
+        "scale_free",
+        "equivariant_for_two",
+        "sum_if_agreeing",
+        "no_task_of_two_gets_worse",
+        known=(1 + 22 / 18, 1 + 22 / 38),
+    ),
+    case("uncertainty", "scale_free", "equivariant", known=(0.5, 0.5), alone=0.5, learned=("log_variance",)),
+]
+
+
+def rows(num_tasks: int, num: int = 7, rank: int | None = None, seed: int = 0) -> Tensor:
+    """Random rows ``[T, N]`` in float64, of the given rank."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    if rank is None:
+        return torch.randn(num_tasks, num, generator=generator, dtype=torch.float64)
+    left = torch.randn(num_tasks, rank, generator=generator, dtype=torch.float64)
+    return left @ torch.randn(rank, num, generator=generator, dtype=torch.float64)
+
+
+def losses(num_tasks: int, seed: int = 0) -> Tensor:
+    """Positive losses ``[T]``."""
+    generator = torch.Generator().manual_seed(200 + seed)
+    return torch.rand(num_tasks, generator=generator, dtype=torch.float64) * 3 + 0.1
+
+
+def weigh(balancer: Balancer, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
+    """One step of any balancer: its weights ``[T]``."""
+    if isinstance(balancer, LossBalancer):
+        return balancer.weights(losses, present)
+    assert isinstance(balancer, GramBalancer)
+    return balancer(rows @ rows.T, losses, present)
+
+

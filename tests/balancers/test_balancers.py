@@ -1,0 +1,346 @@
+"""The laws of balancers, each written once and run over the table in ``cases.py``."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers import Balancer, GramBalancer, LossBalancer, available, load
+from tests.balancers.cases import CASES, Case, losses, rows, weigh
+
+TESTED: set[str] = set()
+
+
+def over(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.key for case in cases])
+
+
+def promised(promise: str) -> pytest.MarkDecorator:
+    """Run for the balancers that give the promise."""
+    TESTED.add(promise)
+    return over([case for case in CASES if promise in case.promises])
+
+
+ALL = over(CASES)
+GRAM = over([case for case in CASES if isinstance(case.make(2), GramBalancer)])
+# Sizes of the rows: their squares reach from nothing to 1e20.
+SIZES = pytest.mark.parametrize("size", [0.0, 1e-10, 1e-5, 1.0, 1e5, 1e10])
+SHAPES = pytest.mark.parametrize("num_tasks, rank", [(1, 1), (2, 1), (2, 2), (4, 2), (5, 5), (9, 11)])
+
+
+def state(balancer: Balancer) -> Tensor:
+    """All state as one vector; NaN (not known yet) as -7."""
+    parts = [value.double().flatten() for value in balancer.state_dict().values()]
+    return torch.cat([*parts, torch.zeros(0, dtype=torch.float64)]).nan_to_num(-7)
+
+
+def run(balancer: Balancer, num_tasks: int, steps: int = 4) -> Tensor:
+    """The weights of a few more steps."""
+    seeds = range(50, 50 + steps)
+    return torch.stack([weigh(balancer, rows(num_tasks, seed=s), losses(num_tasks, seed=s)) for s in seeds])
+
+
+# The table is complete.
+
+
+def test_every_balancer_has_its_line():
+    missing = set(available()) - {case.key for case in CASES}
+    assert not missing, f"add a line to tests/balancers/cases.py for {sorted(missing)}"
+    assert sorted(case.key for case in CASES) == available()
+
+
+def test_every_promise_has_its_test():
+    missing = {promise for case in CASES for promise in case.promises} - TESTED
+    assert not missing, f"write a test decorated with @promised for {sorted(missing)}"
+
+
+# Laws of all.
+
+
+@ALL
+def test_known_weights(case):
+    two = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
+    assert weigh(case.make(2), two, torch.ones(2)).tolist() == pytest.approx(case.known)
+
+
+@ALL
+def test_a_single_task(case):
+    weights = weigh(case.make(1), rows(1), losses(1))
+    assert weights.tolist() == pytest.approx([case.alone])
+
+
+@ALL
+@pytest.mark.parametrize("present", [None, [True, False, True, True]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_combine_is_weights_times_rows(case, dtype, present):
+    balancer, given = case.used(4), rows(4).to(dtype)
+    mask = None if present is None else torch.tensor(present)
+    weights = weigh(deepcopy(balancer), given.double(), losses(4), mask)
+    update = balancer.combine(given, losses(4), mask)
+    expected = sum(float(weight) * row for weight, row in zip(weights, given, strict=True))
+    assert update.dtype == dtype
+    torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-5)
+
+
+@ALL
+def test_combine_counts_as_one_step(case):
+    one, other = case.used(3), case.used(3)
+    one.combine(rows(3), losses(3))
+    weigh(other, rows(3), losses(3))
+    torch.testing.assert_close(state(one), state(other), rtol=1e-12, atol=0)
+
+
+@ALL
+@SIZES
+@SHAPES
+def test_finite_on_any_rows(case, num_tasks, rank, size):
+    balancer = case.make(num_tasks)
+    for seed in range(3):
+        weights = weigh(balancer, size * rows(num_tasks, rank=rank, seed=seed), losses(num_tasks, seed))
+        assert weights.shape == (num_tasks,)
+        assert weights.isfinite().all()
+    assert state(balancer).isfinite().all()
+
+
+@ALL
+@pytest.mark.parametrize("which", [[0], [1, 2], [0, 1, 2]])
+def test_finite_with_rows_of_zeros(case, which):
+    given = rows(3)
+    given[which] = 0
+    assert weigh(case.used(3), given, losses(3)).isfinite().all()
+
+
+@ALL
+def test_finite_with_equal_and_opposite_rows(case):
+    row = rows(1)[0]
+    assert weigh(case.used(4), torch.stack([row, row, -row, 1e-9 * row]), losses(4)).isfinite().all()
+
+
+@ALL
+def test_state_survives_a_checkpoint(case):
+    used, fresh = case.used(3), case.make(3)
+    fresh.load_state_dict(used.state_dict())
+    assert torch.equal(run(fresh, 3), run(used, 3))
+    assert torch.equal(state(fresh), state(used))
+
+
+@ALL
+@pytest.mark.parametrize("copy", [deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])
+def test_state_survives_a_copy(case, copy):
+    used = case.used(3)
+    twin = copy(used)
+    expected = run(used, 3)
+    assert torch.equal(run(twin, 3), expected)
+
+
+@ALL
+@pytest.mark.parametrize("move", ["bfloat16", "half", "float", "double"])
+def test_buffers_keep_their_dtype_and_values(case, move):
+    balancer = case.used(3)
+    before = {name: (buffer.dtype, buffer.clone()) for name, buffer in balancer.named_buffers()}
+    getattr(balancer, move)()
+    for name, buffer in balancer.named_buffers():
+        dtype, values = before[name]
+        assert buffer.dtype == dtype
+        assert torch.equal(buffer, values)
+
+
+@ALL
+def test_only_what_is_said_is_trainable(case):
+    assert tuple(name for name, _ in case.make(3).named_parameters()) == case.learned
+
+
+@ALL
+def test_weights_carry_no_graph(case):
+    weights = weigh(case.used(3), rows(3).requires_grad_(), losses(3).requires_grad_())
+    assert not weights.requires_grad
+
+
+# Absent tasks.
+
+
+def without(balancer: Balancer, task: int) -> Balancer:
+    """The balancer of the other tasks, in the same state."""
+    smaller = load(_key(balancer), balancer.num_tasks - 1)
+    others = [t for t in range(balancer.num_tasks) if t != task]
+    smaller.load_state_dict({n: v[others] if v.ndim else v for n, v in balancer.state_dict().items()})
+    return smaller
+
+
+def _key(balancer: Balancer) -> str:
+    return type(balancer).__module__.rpartition(".")[2]
+
+
+@ALL
+@pytest.mark.parametrize("task", range(4))
+def test_an_absent_task_is_dropped(case, task):
+    balancer = case.used(4)
+    others = [t for t in range(4) if t != task]
+    smaller = without(balancer, task)
+    present = torch.tensor([t != task for t in range(4)])
+    weights = weigh(balancer, rows(4), losses(4), present)
+    expected = weigh(smaller, rows(4)[others], losses(4)[others])
+    assert weights[task] == 0
+    assert weights[others].tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+@ALL
+@pytest.mark.parametrize("task", range(4))
+def test_the_state_of_an_absent_task_does_not_move(case, task):
+    balancer = case.used(4)
+    before = deepcopy(balancer.state_dict())
+    weigh(balancer, rows(4), losses(4), torch.tensor([t != task for t in range(4)]))
+    for name, value in balancer.state_dict().items():
+        if value.ndim:
+            assert torch.equal(value[task].nan_to_num(-7), before[name][task].nan_to_num(-7)), name
+
+
+@ALL
+def test_what_an_absent_task_shows_does_not_matter(case):
+    present = torch.tensor([True, False, True])
+    one, other = case.used(3), case.used(3)
+    odd_rows, odd_losses = rows(3), losses(3)
+    odd_rows[1], odd_losses[1] = torch.nan, torch.inf
+    expected = weigh(one, rows(3), losses(3), present)
+    assert torch.equal(weigh(other, odd_rows, odd_losses, present), expected)
+    assert torch.equal(state(one), state(other))
+
+
+@ALL
+def test_with_all_tasks_absent_nothing_moves(case):
+    balancer = case.used(3)
+    before = state(balancer).clone()
+    nobody = torch.zeros(3, dtype=torch.bool)
+    assert weigh(balancer, rows(3), losses(3), nobody).tolist() == [0, 0, 0]
+    assert balancer.combine(rows(3), losses(3), nobody).tolist() == [0] * 7
+    assert torch.equal(state(balancer), before)
+
+
+@ALL
+def test_a_task_that_was_absent_at_first_joins_later(case):
+    balancer = case.make(3)
+    weigh(balancer, rows(3), losses(3), torch.tensor([True, True, False]))
+    assert run(balancer, 3).isfinite().all()
+
+
+# Laws of the methods that see the gram.
+
+
+@GRAM
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["gram", "losses"])
+def test_what_is_not_finite_gives_nan_and_moves_no_state(case, bad, where):
+    balancer = case.used(3)
+    before = state(balancer).clone()
+    given: dict[str, Any] = {"gram": rows(3) @ rows(3).T, "losses": losses(3)}
+    given[where].view(-1)[1] = bad
+    assert balancer(given["gram"], given["losses"]).isnan().all()
+    assert torch.equal(state(balancer), before)
+
+
+@GRAM
+def test_weights_are_float64_on_the_cpu_whatever_comes(case):
+    weights = case.make(3)((rows(3) @ rows(3).T).bfloat16(), losses(3).half())
+    assert (weights.dtype, weights.device.type) == (torch.float64, "cpu")
+
+
+@GRAM
+def test_every_n_steps(case):
+    balancer = load(case.key, 3, every_n_steps=3)
+    solved, weights = [], []
+    for step in range(7):
+        solved.append(balancer.due)
+        given = rows(3, seed=step)
+        weights.append(balancer.combine(given, losses(3, step)) @ torch.linalg.pinv(given))
+    assert solved == [True, False, False, True, False, False, True]
+    torch.testing.assert_close(weights[1], weights[0])
+    torch.testing.assert_close(weights[5], weights[3])
+    assert int(balancer.step) == 7
+
+
+@GRAM
+def test_a_reused_step_gives_an_absent_task_nothing(case):
+    balancer = case.used(3)
+    last = balancer.last_weights.clone()
+    assert balancer.reuse(torch.tensor([True, False, True])).tolist() == [last[0], 0, last[2]]
+    assert torch.equal(balancer.last_weights, last)
+
+
+# Laws of the methods that see the losses only.
+
+
+@over([case for case in CASES if isinstance(case.make(2), LossBalancer)])
+def test_weights_are_the_gradient_of_the_objective(case):
+    balancer, leaf = case.used(4), losses(4).requires_grad_()
+    balancer(leaf).backward()
+    assert torch.equal(balancer.weights(losses(4)), leaf.grad)
+
+
+# What only some promise.
+
+
+@promised("scale_free")
+@pytest.mark.parametrize("factor", [1e-8, 1e-3, 7.0, 1e8])
+def test_scale_free(case, factor):
+    one, other = case.used(4), case.used(4)
+    for seed in range(3):
+        update = one.combine(rows(4, seed=seed), losses(4, seed))
+        scaled = other.combine(factor * rows(4, seed=seed), losses(4, seed))
+        torch.testing.assert_close(scaled / factor, update, rtol=1e-9, atol=1e-9)
+
+
+def permuted(case: Case, order: list[int]) -> tuple[Tensor, Tensor]:
+    """Weights of a few steps, and of the same steps with the tasks in another order, put back in order."""
+    plain, other = case.used(len(order)), case.used(len(order))
+    other.load_state_dict({n: v[order] if v.ndim else v for n, v in other.state_dict().items()})
+    back = torch.tensor(order).argsort()
+    pairs = [(rows(len(order), seed=s), losses(len(order), s)) for s in range(4)]
+    expected = torch.stack([weigh(plain, r, x) for r, x in pairs])
+    found = torch.stack([weigh(other, r[order], x[order])[back] for r, x in pairs])
+    return found, expected
+
+
+@promised("equivariant")
+@pytest.mark.parametrize("order", [[1, 0, 2, 3], [3, 1, 0, 2], [3, 2, 1, 0]])
+def test_equivariant(case, order):
+    torch.testing.assert_close(*permuted(case, order), rtol=1e-12, atol=1e-12)
+
+
+@promised("equivariant_for_two")
+def test_equivariant_for_two(case):
+    torch.testing.assert_close(*permuted(case, [1, 0]), rtol=1e-12, atol=1e-12)
+
+
+@promised("sum_if_agreeing")
+@pytest.mark.parametrize("num_tasks", [1, 2, 5])
+def test_a_plain_sum_when_nothing_conflicts(case, num_tasks):
+    agreeing = rows(num_tasks).abs()
+    torch.testing.assert_close(case.make(num_tasks).combine(agreeing, losses(num_tasks)), agreeing.sum(0))
+
+
+@promised("ignores_state")
+def test_ignores_state(case):
+    assert torch.equal(run(case.used(3), 3), run(case.make(3), 3))
+
+
+@promised("no_task_of_two_gets_worse")
+@pytest.mark.parametrize("seed", range(20))
+def test_no_task_of_two_gets_worse(case, seed):
+    given = rows(2, num=3, seed=seed)
+    assert (given @ case.make(2).combine(given, losses(2)) >= -1e-12).all()
+
+
+@promised("sums_to_T")
+def test_sums_to_t(case):
+    assert run(case.make(5), 5, steps=30).sum(1).tolist() == pytest.approx([5.0] * 30, rel=1e-12)
+
+
+@promised("never_negative")
+def test_never_negative(case):
+    balancer = load(case.key, 3, lr=0.7)
+    assert (run(balancer, 3, steps=30) >= 0).all()

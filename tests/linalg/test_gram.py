@@ -1,0 +1,132 @@
+"""The gram and what is read off it, against loops in exact arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_mtl.linalg import conflict, cosines, gram, gram_of_parts
+
+# How far a gram may be from the exact one, relative to the norms of its two rows.
+BARS = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 1e-14, torch.float16: 1e-14}
+DTYPES = pytest.mark.parametrize("dtype", BARS, ids=str)
+
+
+def exact(rows: Tensor) -> list[list[float]]:
+    """With rational numbers, so that nothing is rounded but the result."""
+    values = [[Fraction(value) for value in row] for row in rows.double().tolist()]
+    return [[float(sum(x * y for x, y in zip(a, b, strict=True))) for b in values] for a in values]
+
+
+def error(found: Tensor, rows: Tensor) -> float:
+    """The largest difference from the exact gram, relative to the norms of the two rows."""
+    right = torch.tensor(exact(rows), dtype=torch.float64)
+    norms = right.diagonal().sqrt()
+    return float(((found - right).abs() / (norms[:, None] * norms)).max())
+
+
+@DTYPES
+@pytest.mark.parametrize("num_tasks, num", [(1, 1), (3, 1), (2, 7), (5, 300), (3, 1024), (3, 2500)])
+def test_gram_of_rows(num_tasks, num, dtype):
+    rows = torch.randn(num_tasks, num).to(dtype)
+    found = gram(rows)
+    assert found.dtype == torch.float64
+    assert error(found, rows) <= BARS[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_gram_of_rows_of_other_sizes(size, dtype):
+    rows = (torch.randn(3, 1500) * size * torch.tensor([[1.0], [0.1], [10.0]])).to(dtype)
+    assert error(gram(rows), rows) <= BARS[dtype]
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_gram_of_very_small_and_very_large_rows(size):
+    rows = torch.randn(3, 1500) * size
+    assert error(gram(rows), rows) <= BARS[torch.float32]
+
+
+def test_gram_of_nearly_opposite_rows_keeps_its_sign():
+    row = torch.randn(1500)
+    row = row / row.norm()
+    across = torch.randn(1500)
+    across = (across - (across @ row) * row) * 1e-3
+    rows = torch.stack([row, across - 1e-5 * row])
+    assert float(gram(rows)[0, 1]) == pytest.approx(exact(rows)[0][1], rel=0.05)
+
+
+def test_gram_of_many_small_numbers_beside_a_large_one():
+    rows = torch.full((2, 20_001), 1e-4)
+    rows[:, 0] = 100.0
+    assert float(gram(rows)[0, 1]) == pytest.approx(1e4 + 20_000 * 1e-8, rel=1e-9)
+
+
+def test_gram_of_rows_that_lie_apart_in_memory():
+    rows = torch.randn(2500, 6).T[::2]
+    assert error(gram(rows), rows) <= BARS[torch.float32]
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_faster_matmul_does_not_reach_the_gram(precision):
+    rows = torch.randn(3, 2500)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert error(gram(rows), rows) <= BARS[torch.float32]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_gram_shows_what_is_not_finite():
+    rows = torch.ones(2, 1500)
+    rows[1, 3] = torch.inf
+    assert gram(rows).isfinite().tolist() == [[True, False], [False, False]]
+
+
+def test_gram_of_parts_is_the_gram_of_the_joined_rows():
+    parts = [[torch.randn(3, 4), torch.randn(5), torch.randn(())] for _ in range(4)]
+    rows = torch.stack([torch.cat([part.flatten() for part in row]) for row in parts])
+    assert error(gram_of_parts(parts), rows) <= BARS[torch.float32]
+
+
+def test_gram_of_no_parts_is_zero():
+    assert gram_of_parts([[], [], []]).tolist() == [[0.0] * 3] * 3
+
+
+def test_cosines_by_hand():
+    rows = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, -8.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = [[1, 0.8, -1, 0], [0.8, 1, -0.8, 0], [-1, -0.8, 1, 0], [0, 0, 0, 0]]
+    torch.testing.assert_close(cosines(gram(rows)), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_cosines_do_not_depend_on_sizes(size):
+    rows = torch.randn(4, 9, dtype=torch.float64)
+    scale = torch.tensor([[1.0], [size], [1.0], [size**0.5]])
+    torch.testing.assert_close(cosines(gram(rows * scale)), cosines(gram(rows)))
+
+
+def test_cosines_stay_within_1():
+    row = torch.randn(1, 33, dtype=torch.float64)
+    found = cosines(gram(torch.cat([row, row * 1.1, -row / 3])))
+    assert found.abs().max() <= 1
+    assert found.diagonal().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([[1.0, 0.0]], 0.0),
+        ([[1.0, 0.0], [1.0, 1.0]], 0.0),
+        ([[1.0, 0.0], [0.0, 1.0]], 0.0),
+        ([[1.0, 0.0], [-1.0, 1.0]], 1.0),
+        ([[1.0, 0.0], [-1.0, 0.1], [1.0, 1.0]], 2 / 3),
+        ([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]], 1 / 3),
+    ],
+)
+def test_conflict_is_the_share_of_opposed_pairs(rows, expected):
+    assert conflict(gram(torch.tensor(rows))) == pytest.approx(expected)
