@@ -244,7 +244,7 @@ class Balanced(_Base):
         if features is None:
             owned = in_graph(losses, self, own)
         else:
-            roots = tensors_of(features)
+            roots = list({id(tensor): tensor for tensor in tensors_of(features)}.values())
             # Walked again only when what trains has changed.
             key = f"behind {hash(tuple(id(parameter) for parameter in own))}"
             shared, private = self._remembered(key, lambda: behind_features(roots, losses, self, own))

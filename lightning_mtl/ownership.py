@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_mtl.checks import bad_argument, listed
-from lightning_mtl.engine import discover, reached, reached_beside, union_over_ranks
+from lightning_mtl.engine import discover, distinct, reached, reached_beside, union_over_ranks
 from lightning_mtl.types import Root
 
 
@@ -52,9 +52,10 @@ def behind_features(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Shared and private parameters where the features are given.
 
-    Raises: ``ValueError`` if the losses reach the shared parameters by another way too, or if the features carry no
-    gradient while parameters are left that no loss reaches.
+    Raises: ``ValueError`` if the losses reach the shared parameters by another way too, if one of the features is
+    computed from another, or if they carry no gradient while parameters are left that no loss reaches.
     """
+    distinct(roots, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     behind = {id(leaf) for leaf in reached(roots, model)}
     if not roots:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from lightning_mtl.checks import bad_argument, listed
@@ -40,14 +41,21 @@ def check_trainer(trainer: Any, owner: object, *, takes_rows: bool) -> None:
             'Pass level="features", or use strategy="ddp"',
         )
     static = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
-    if static and trainer.accumulate_grad_batches != 1:
+    most = max([trainer.accumulate_grad_batches, *_scheduled(trainer)])
+    if static and most != 1:
         raise bad_argument(
             owner,
             "Trainer(accumulate_grad_batches=...)",
             "be 1 with DDPStrategy(static_graph=True), with which torch cannot accumulate",
-            trainer.accumulate_grad_batches,
+            most,
             "Leave out static_graph",
         )
+
+
+def _scheduled(trainer: Any) -> list[int]:
+    """The numbers of accumulated batches that a callback will set later."""
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    return [number for scheduler in schedulers for number in scheduler.scheduling.values()]
 
 
 def check_balancer_is_optimized(balancer: nn.Module, optimizers: Sequence[Any], owner: object) -> None:

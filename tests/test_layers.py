@@ -1,6 +1,7 @@
 """Imports go down only: a file may import from its own layer or from one below."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,13 @@ def test_every_part_has_a_layer():
     assert not unknown, f"give these a layer in {Path(__file__).name} and in docs/concepts.md: {unknown}"
 
 
+def test_the_documentation_shows_the_same_layers():
+    page = (PACKAGE.parent / "docs" / "concepts.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", page, re.MULTILINE)
+    shown = {part: int(layer) for layer, parts in rows for part in re.findall(r"`(\w+)(?:\.py|/)`", parts)}
+    assert shown == {part: LAYERS[part] for part in {part_of(path) for path in INSIDE}}
+
+
 @pytest.mark.parametrize("path", INSIDE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     found = violations(part_of(path), path.read_text())
@@ -97,7 +105,7 @@ def test_imports_go_down(path):
         ("balancers", "from lightning_mtl import MultiTaskModule"),
         ("engine", "def f():\n    import lightning_mtl.module"),
         ("engine", "from ..module import MultiTaskModule"),
-        ("module", "from lightning_mtl.callbacks.monitor import BalanceMonitor"),
+        ("callbacks", "from lightning_mtl.module import MultiTaskModule"),
         ("module", "import wandb"),
         ("callbacks", "import sklearn.datasets"),
         ("cli", "from recipes import multidigits"),

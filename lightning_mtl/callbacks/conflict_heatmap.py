@@ -93,7 +93,7 @@ def heatmap(matrix: torch.Tensor, names: tuple[str, ...], title: str) -> Figure:
     axes = figure.add_subplot()
     # A task always agrees with itself: left out, so that the pairs are what one sees.
     pairs = matrix.clone().fill_diagonal_(float("nan"))
-    axes.set_facecolor("0.93")
+    axes.set_facecolor("0.88")
     image = axes.imshow(pairs.numpy(), vmin=-1, vmax=1, cmap="RdBu")
     small = 10 if num <= 12 else 7
     axes.set_xticks(range(num), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=small)
@@ -108,7 +108,7 @@ def heatmap(matrix: torch.Tensor, names: tuple[str, ...], title: str) -> Figure:
         for i, row in enumerate(pairs.tolist()):
             for j, value in enumerate(row):
                 if value == value:  # not NaN
-                    colour = "white" if abs(value) > 0.6 else "black"
+                    colour = "white" if abs(value) > 0.5 else "black"
                     axes.text(j, i, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=9)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[-1, -0.5, 0, 0.5, 1], label="cosine")
     bar.outline.set_visible(False)

@@ -7,6 +7,7 @@ imported before a subcommand needs it.
 from __future__ import annotations
 
 import argparse
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     subparser: Parser = options.parser
-    foreign = [word for word in rest if word.startswith("-") and "." not in word]
+    foreign = [word for word in rest if re.match("--?[A-Za-z]", word) and "." not in word]
     if foreign or (rest and options.action is not _compare):
         subparser.error(f"unrecognized arguments: {' '.join(foreign or rest)}")
     try:

@@ -70,15 +70,15 @@ def compare(
     from lightning_mtl.cli import report
 
     started = time.perf_counter()
-    context = _start_method()
     folder = _empty_folder(recipe, out)
+    context = _start_method()
     module = load(recipe.path)
     comparison = _comparison_of(module, recipe)
     extra = [*([f"--trainer.max_epochs={epochs}"] if epochs else []), *arguments]
     runs = plan(comparison, folder, seeds, _known(arms, comparison), extra)
     if extra:
         _parse_only(module, runs[0])
-    workers = min(workers or os.cpu_count() or 1, len(runs))
+    workers = min(workers or _cores(), len(runs))
     report.announce(f"{recipe.name}: {len(runs)} runs, seeds {_text(seeds)}, {workers} at a time")
     done: dict[Run, tuple[dict[str, float], float]] = {}
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -159,6 +159,11 @@ def collect(comparison: Comparison, done: Mapping[Run, tuple[Mapping[str, float]
         )
     order = list(comparison.arms)
     return Results(sorted(rows, key=lambda row: order.index(row.arm)))
+
+
+def _cores() -> int:
+    """Those that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_method() -> Any:

@@ -89,6 +89,10 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         torch.set_num_threads(self._get(self.config, "threads"))
+        balancer = self._get(self.config, "model").get("balancer")
+        if isinstance(balancer, str):
+            with self._exit_on(ValueError, text="balancer: `"):
+                load(balancer, num_tasks=1)
 
     def instantiate_classes(self) -> None:
         # The form of this package's errors (checks.py): an argument is wrong, and the text says what to do.

@@ -14,5 +14,6 @@ from lightning_mtl.engine.gather import world_size as world_size
 from lightning_mtl.engine.plain import backward as backward
 from lightning_mtl.engine.shared import Reach as Reach
 from lightning_mtl.engine.shared import discover as discover
+from lightning_mtl.engine.shared import distinct as distinct
 from lightning_mtl.engine.shared import reached as reached
 from lightning_mtl.engine.shared import reached_beside as reached_beside

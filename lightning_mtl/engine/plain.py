@@ -13,7 +13,7 @@ from lightning_mtl.checks import bad_argument, check_task_loss, listed
 from lightning_mtl.engine.balanced import balanced_loss
 from lightning_mtl.engine.compiled import is_compiled, several_backwards_allowed
 from lightning_mtl.engine.cut import tensors_of
-from lightning_mtl.engine.shared import discover, reached, reached_beside
+from lightning_mtl.engine.shared import discover, distinct, reached, reached_beside
 from lightning_mtl.types import Balance, Step
 
 _WHO = "lightning_mtl.backward"
@@ -105,7 +105,7 @@ def _step(
         return Step(losses, found.shared, [], found.private, roots, last_layer=last)
     roots_of_all: list[Tensor] | None = None
     if features is not None:
-        roots_of_all = tensors_of(features)
+        roots_of_all = distinct(tensors_of(features), _WHO)
         if not roots_of_all:
             raise bad_argument(
                 _WHO,
@@ -128,12 +128,12 @@ def _step(
         )
     if roots_of_all is not None and shared is not None:
         behind = {id(leaf) for leaf in reached(roots_of_all, _WHO)}
-        if missing := taken - behind:
+        if different := taken ^ behind:
             raise bad_argument(
                 _WHO,
                 "shared",
-                "lie behind the features",
-                f"{len(missing)} parameters that the features do not depend on",
+                "be all parameters that the features depend on",
+                f"a list that differs from them by {len(different)}",
                 "Leave out shared= or features=",
             )
     roots_per_task = None if roots_of_all is None else [roots_of_all] * len(losses)

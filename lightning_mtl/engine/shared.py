@@ -49,6 +49,24 @@ def reached_beside(
     return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
+def distinct(features: Sequence[Tensor], owner: object = "lightning_mtl") -> list[Tensor]:
+    """The features, each tensor once.
+
+    Raises: ``ValueError`` if one is computed from another: a gradient would then arrive at the first by two ways.
+    """
+    nodes = {feature.grad_fn for feature in features if feature.grad_fn is not None}
+    behind = _walk([child for node in nodes for child, _ in node.next_functions], owner)
+    if nodes & behind.keys():
+        raise bad_argument(
+            owner,
+            "features",
+            "be independent of each other",
+            "a tensor that is computed from another one of them",
+            "Leave features out, so that what is shared is found in the graph, or use MultiTaskModule",
+        )
+    return list({id(feature): feature for feature in features}.values())
+
+
 def discover(losses: Sequence[Tensor], owner: object = "lightning_mtl") -> Reach:
     """Find the shared leaves, the private ones, and the edges at which the losses' graphs meet.
 

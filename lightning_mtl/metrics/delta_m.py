@@ -66,13 +66,11 @@ def delta_m(
 
 def _by_key(values: Mapping[str, Value] | Sequence[Value], name: str) -> dict[Hashable, Value]:
     """Metrics by name, or by their place in a sequence."""
-    if isinstance(values, Mapping):
-        keyed: dict[Hashable, Value] = {name: value for name, value in values.items()}  # noqa: C416 (str keys widen)
-    elif isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, str) or not isinstance(values, Iterable):
         expected = "be a mapping of metric names or a sequence"
         raise bad_argument("delta_m", name, expected, repr(values), "Pass one entry per metric", TypeError)
-    else:
-        keyed = dict(enumerate(values))
+    pairs: Iterable[tuple[Hashable, Value]] = values.items() if isinstance(values, Mapping) else enumerate(values)
+    keyed = dict(pairs)
     if not keyed:
         raise bad_argument("delta_m", name, "have at least one metric", values, "Pass one entry per metric")
     return keyed

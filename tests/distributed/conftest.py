@@ -21,7 +21,7 @@ from tests.distributed.runs import Run, execute
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 240  # seconds for all runs; less than the time-out of a test
-CRASHES = 3  # how often a pair may die before the rest is given up
+CRASHES = 5  # how often a pair may die before the rest is given up
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,7 @@ RUNS = [
     *runs(PAIRS, ["all", *LABELS], model="features"),
     *runs(GRAM_PAIRS, ["uneven"], model="features", accumulate=2, clip=0.5),
     *runs(PARAMETERS, ["one_rank"], model="features", ddp="find_unused"),
-    *runs(PARAMETERS[2:], ["all", *LABELS], model="graph"),
+    *runs(PARAMETERS[2:], ["all", "late", *LABELS], model="graph"),
     *runs(product(EVERY_2, ["parameters"]), ["single"], model="graph"),
     *runs(PARAMETERS[2:], ["one_rank"], model="graph", ddp="find_unused"),
     # Loops without a Trainer.

@@ -82,6 +82,11 @@ def pyramid_tasks() -> dict[str, Any]:
     }
 
 
+def wide() -> nn.Module:
+    """With more parameters than one block of the gram holds."""
+    return nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, WIDTH))
+
+
 class Checkpointed(nn.Module):
     """The small MLP, its first half recomputed in the backward."""
 
@@ -262,6 +267,7 @@ def told(cls: type[Existing], shared: tuple[str, ...], last: str, seed: int) -> 
 
 NETS = {
     "mlp": with_encoder(mlp, "2", seed=7),
+    "wide": with_encoder(wide, "4", seed=1),
     "conv": with_encoder(conv, "6", seed=3),
     "transformer": with_encoder(Transformer, "layers.layers.1.norm2", seed=9),
     "pyramid": with_encoder(Pyramid, "coarse", seed=4, tasks=pyramid_tasks),

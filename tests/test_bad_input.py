@@ -1,0 +1,552 @@
+"""Bad input: each case an error in the one form, raised as early as it can be known.
+
+``Who: `arg` must <expected>, got <value>. <Cure>.`` Three tables, by how early: a call (or a constructor) of its own,
+the start of a fit before any batch is drawn, and the first batch, before any parameter has moved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch._functorch.config as functorch_config
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lightning_mtl
+from lightning_mtl import Balanced, MultiTaskModule, Task, TaskRegistry
+from lightning_mtl.balancers import Fixed, GradNorm, PCGrad, Uncertainty, load
+from lightning_mtl.callbacks import BalanceMonitor, ConflictHeatmap
+from lightning_mtl.metrics import delta_m
+from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, ReconstructionTask, RegressionTask
+from tests.nets import WIDTH, mlp, module, samples, sgd, three_tasks, trainer
+
+# Who (a class or function, a task in brackets), the argument in backticks, what was expected, what came, one sentence.
+FORM = re.compile(r"[\w.]+: `[^`\n]+` must [a-z][^\n]*, got [^\n]+\. [A-Z][^\n]*[^.\s]\.")
+
+Case = tuple[str, type[Exception], str, Callable[[], Any]]
+
+
+def params(*cases: Case) -> list[Any]:
+    """Each case: its name, the class of the error, a fragment of its message, and what to do."""
+    return [pytest.param(*case[1:], id=case[0]) for case in cases]
+
+
+def check(error: BaseException, kind: type[Exception], fragment: str) -> None:
+    assert type(error) is kind
+    assert FORM.fullmatch(str(error)), str(error)
+    assert fragment in str(error)
+
+
+def head(out: int = 1) -> nn.Module:
+    return nn.Linear(WIDTH, out)
+
+
+def size_task(**options: Any) -> RegressionTask:
+    return RegressionTask(head(), **options)
+
+
+X, TARGETS = samples(8)
+SIZE = TARGETS["size"]
+
+
+def multi(tasks: Any, balancer: Any = "pcgrad", encoder: nn.Module | None = None, **options: Any) -> MultiTaskModule:
+    return MultiTaskModule(encoder or mlp(), tasks, balancer, **({"optimizer": sgd} | options))
+
+
+class Written(Balanced, L.LightningModule):
+    """An existing module that turned to ``Balanced``: ``step(module, x)`` says what it hands to ``balance``."""
+
+    def __init__(self, step: Callable[..., Any] | None = None, balancer: Any = "pcgrad", **options: Any) -> None:
+        super().__init__(**({"tasks": ["a", "b"], "balancer": balancer} | options))
+        self.encoder, self.a, self.b = mlp(), head(), head()
+        self.step = step
+
+    def losses(self, z: Tensor) -> dict[str, Any]:
+        return {"a": self.a(z).square().mean(), "b": (self.b(z) - 3).square().mean()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.step(self, batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return sgd([*self.encoder.parameters(), *self.a.parameters(), *self.b.parameters()])
+
+
+# --- 1. Known at once ------------------------------------------------------------------------------------------------
+
+
+class DeepSpeedStrategy(SingleDeviceStrategy):
+    """Stands in for Lightning's, which needs the package deepspeed: it is recognised by its name."""
+
+
+class FSDPStrategy(SingleDeviceStrategy):
+    """Stands in for Lightning's, which needs a GPU: it is recognised by its name."""
+
+
+def set_up(model: L.LightningModule, **options: Any) -> None:
+    """What ``fit`` does first, for strategies that would need several processes to go on."""
+    model.trainer = trainer(devices=1, **options)
+    model.setup("fit")
+
+
+def changed(change: Callable[[TaskRegistry], Any]) -> None:
+    model = module("pcgrad")
+    change(model.tasks)
+    set_up(model)
+
+
+def backward(losses: Any = None, balancer: Any = None, features: bool = True, **options: Any) -> None:
+    """``lightning_mtl.backward`` on two losses of one encoder."""
+    encoder, a, b = mlp(), head(), head()
+    z = encoder(X)
+    made = {"a": a(z).square().mean(), "b": b(z).square().mean()} if losses is None else losses(z, a, b)
+    lightning_mtl.backward(made, balancer or PCGrad(2), **({"features": z} if features else {}) | options)
+
+
+def second_backward() -> None:
+    loss = module("pcgrad").training_step((X, TARGETS), 0)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def compiled_too_early() -> None:
+    with functorch_config.patch(donated_buffer=True):
+        encoder, a, b = torch.compile(nn.Linear(8, WIDTH), backend="aot_eager"), head(), head()
+        z = encoder(X)
+        lightning_mtl.backward({"a": a(z).sum(), "b": b(z).sum()}, PCGrad(2), features=z)
+
+
+AT_ONCE = params(
+    # Names and registries.
+    ("no task", ValueError, "`tasks` must hold at least one task", lambda: multi({})),
+    ("tasks as a list", TypeError, "`tasks` must be a mapping", lambda: multi([size_task()])),
+    ("head instead of a task", TypeError, "`tasks['a']` must be a Task, got Linear", lambda: multi({"a": head()})),
+    ("name with a dot", ValueError, "got 'a.b'", lambda: multi({"a.b": size_task()})),
+    ("name with a slash", ValueError, "got 'a/b'", lambda: multi({"a/b": size_task()})),
+    ("name with a space", ValueError, "got 'a b'", lambda: multi({"a b": size_task()})),
+    ("empty name", ValueError, "got ''", lambda: multi({"": size_task()})),
+    ("name that a module has", ValueError, "got 'train'", lambda: multi({"train": size_task()})),
+    ("name that the logs have", ValueError, "got 'loss'", lambda: multi({"loss": size_task()})),
+    ("name that is no string", ValueError, "got 3", lambda: multi({3: size_task()})),
+    ("name twice", ValueError, "(known: 'a')", lambda: TaskRegistry({"a": size_task()}).add("a", size_task())),
+    ("one head twice", ValueError, "have a head of its own", lambda: (h := head()) and multi(
+        {"a": RegressionTask(h), "b": RegressionTask(h)})),
+    ("one task twice", ValueError, "have a head of its own", lambda: (t := size_task()) and multi({"a": t, "b": t})),
+    ("parameter in two heads", ValueError, "have a head of its own", lambda: (h := head()) and multi(
+        {"a": RegressionTask(h), "b": RegressionTask(nn.Sequential(nn.Tanh(), h))})),
+    ("unknown task", ValueError, "`name` must be one of 'kind', 'size', 'shape', got 'depth'",
+     lambda: TaskRegistry(three_tasks())["depth"]),
+    ("removal of an unknown task", ValueError, "got 'depth'", lambda: TaskRegistry(three_tasks()).remove("depth")),
+    ("freezing of an unknown task", ValueError, "got 'depth'", lambda: TaskRegistry(three_tasks()).freeze("depth")),
+    ("task added later", ValueError, "for which the balancer was built",
+     lambda: changed(lambda tasks: tasks.add("more", size_task()))),
+    ("task removed later", ValueError, "for which the balancer was built",
+     lambda: changed(lambda tasks: tasks.remove("size"))),
+    ("names of Balanced", ValueError, "`tasks` must be distinct", lambda: Written(tasks=["a", "a"])),
+    ("name with a slash of Balanced", ValueError, "got ['a/b', 'c']", lambda: Written(tasks=["a/b", "c"])),
+    ("string as the names of Balanced", ValueError, "got 'ab'", lambda: Written(tasks="ab")),
+    ("no name of Balanced", ValueError, "got []", lambda: Written(tasks=[])),
+    ("no names of Balanced", ValueError, "got None", lambda: Written(tasks=None)),
+    # Tasks.
+    ("head that is a function", TypeError, "`head` must be an nn.Module", lambda: Task(torch.relu, F.mse_loss)),
+    ("loss that is a name", TypeError, "`loss` must be callable", lambda: Task(head(), "mse")),
+    ("unknown loss", ValueError, "`loss` must be one of 'mse', 'l1', 'smooth_l1', got 'mae'",
+     lambda: size_task(loss="mae")),
+    ("unknown missing", ValueError, '`missing` must be None, "nan" or an integer, got \'none\'',
+     lambda: Task(head(), F.mse_loss, missing="none")),
+    ("metric that is none", TypeError, "`metrics['mae']` must be a torchmetrics metric, got function",
+     lambda: size_task(metrics={"mae": F.l1_loss})),
+    ("metrics as a list", TypeError, "`metrics` must be a mapping", lambda: size_task(metrics=["mae"])),
+    ("metric with a slash", ValueError, "`metrics` must have names", lambda: size_task(metrics={"a/b": None})),
+    ("one class", ValueError, "`num_classes` must be an integer >= 2, got 1", lambda: ClassificationTask(head(), 1)),
+    ("no label", ValueError, "`num_labels` must be", lambda: MultiLabelTask(head(), 0)),
+    ("labels as one string", ValueError, "got 'abc'", lambda: MultiLabelTask(head(3), "abc")),
+    ("label twice", ValueError, "got ['a', 'a']", lambda: MultiLabelTask(head(2), ["a", "a"])),
+    ("unknown reduction", ValueError, "`reduction` must be one of 'sum', 'mean'",
+     lambda: ReconstructionTask(head(8), reduction="max")),
+    # Balancers.
+    ("unknown balancer", ValueError, "'fixed', 'gradnorm', 'pcgrad', 'uncertainty'", lambda: module("pcgrads")),
+    ("unknown class path", ValueError, "got 'no.such.Balancer'", lambda: module("no.such.Balancer")),
+    ("class path of another class", ValueError, "got 'torch.nn.Linear'", lambda: module("torch.nn.Linear")),
+    ("unknown key beside class_path", ValueError, "`balancer` must have the keys class_path and init_args",
+     lambda: module({"class_path": "pcgrad", "options": {}})),
+    ("number as balancer", TypeError, "`balancer` must be a name", lambda: module(3)),
+    ("module as balancer", TypeError, "got Linear", lambda: module(nn.Linear(2, 2))),
+    ("optimizer class as balancer", TypeError, "`balancer` must be a name", lambda: module(torch.optim.Adam)),
+    ("callable that makes no balancer", TypeError, "got NoneType", lambda: module(lambda num_tasks: None)),
+    ("name that is a number", ValueError, "got 5", lambda: load(5, num_tasks=2)),
+    ("unknown option", ValueError, "`alpha` must be one of its options ('seed', 'every_n_steps')",
+     lambda: load("pcgrad", num_tasks=2, alpha=1.0)),
+    ("init_args as a list", TypeError, "`init_args` must be a mapping",
+     lambda: module({"class_path": "pcgrad", "init_args": ["seed"]})),
+    ("num_tasks in init_args", ValueError, "leave out num_tasks",
+     lambda: module({"class_path": "pcgrad", "init_args": {"num_tasks": 2}})),
+    ("no task to balance", ValueError, "`num_tasks` must be an integer >= 1, got 0", lambda: PCGrad(0)),
+    ("wrong number of tasks", ValueError, "Build it with num_tasks=3", lambda: module(PCGrad(2))),
+    ("weights of an unknown task", ValueError, "`weights` must name tasks among 'kind', 'size', 'shape', got 'sizes'",
+     lambda: module(Fixed(3, weights={"sizes": 2.0}))),
+    ("wrong number of weights", ValueError, "one entry per task (3), got 2 entries", lambda: Fixed(3, weights=[1, 2])),
+    ("weight that is NaN", ValueError, "`weights` must be finite", lambda: Fixed(2, weights=[1.0, float("nan")])),
+    ("weight that is a word", ValueError, "`weights` must hold one number per task, got 'much'",
+     lambda: Fixed(2, weights=["much", 1.0])),
+    ("weights by name without names", ValueError, "Call bind(names) first",
+     lambda: Fixed(2, weights={"a": 1.0})(torch.ones(2))),
+    ("unknown form of uncertainty", ValueError, "got 'poisson'", lambda: module(Uncertainty(3, forms="poisson"))),
+    ("start of uncertainty that is NaN", ValueError, "`initial_log_variance` must be a finite number, got nan",
+     lambda: Uncertainty(2, initial_log_variance=float("nan"))),
+    ("negative alpha", ValueError, "`alpha` must be a finite number >= 0, got -1", lambda: GradNorm(2, alpha=-1)),
+    ("learning rate of 0", ValueError, "`lr` must be a finite number > 0, got 0", lambda: GradNorm(2, lr=0)),
+    ("unknown norms_at", ValueError, "`norms_at` must be one of 'last_layer', 'shared'",
+     lambda: GradNorm(2, norms_at="features")),
+    ("initial loss below the offset", ValueError, "`initial_losses` must lie above the offset",
+     lambda: GradNorm(2, initial_losses=[0.0, 1.0])),
+    ("every 0 steps", ValueError, "`every_n_steps` must be an integer >= 1, got 0", lambda: PCGrad(2, every_n_steps=0)),
+    ("every 1.5 steps", ValueError, "`every_n_steps` must be an integer >= 1, got 1.5",
+     lambda: GradNorm(2, every_n_steps=1.5)),
+    ("seed that is a word", ValueError, "`seed` must be an integer >= 0", lambda: PCGrad(2, seed="x")),
+    ("gram of the rows", ValueError, "`gram` must have shape [T, T] = [2, 2], got [2, 5]",
+     lambda: PCGrad(2)(torch.ones(2, 5), torch.ones(2))),
+    ("losses of three tasks for two", ValueError, "`losses` must have shape [T] = [2], got [3]",
+     lambda: PCGrad(2)(torch.eye(2), torch.ones(3))),
+    ("rows that are flat", ValueError, "`rows` must have shape [T, N] with T = 2, got [2]",
+     lambda: PCGrad(2).combine(torch.ones(2), torch.ones(2))),
+    ("presence as numbers", ValueError, "`present` must be a bool tensor",
+     lambda: PCGrad(2)(torch.eye(2), torch.ones(2), torch.ones(2))),
+    ("negative loss of GradNorm", ValueError, "`losses` must be positive after the offset",
+     lambda: GradNorm(2)(torch.eye(2), torch.tensor([1.0, -1.0]))),
+    # The module.
+    ("encoder that is a function", TypeError, "`encoder` must be an nn.Module",
+     lambda: MultiTaskModule(torch.relu, three_tasks())),
+    ("unknown level", ValueError, "`level` must be one of 'parameters', 'features', got 'logits'",
+     lambda: module(level="logits")),
+    ("optimizer that is built", TypeError, "`optimizer` must be callable, got SGD",
+     lambda: module(optimizer=sgd(mlp().parameters()))),
+    ("unknown lr_interval", ValueError, "`lr_interval` must be one of", lambda: module(lr_interval="batch")),
+    ("last layer of an unknown name", ValueError, "`last_layer` must be a module inside the encoder, got '7'",
+     lambda: module("gradnorm", last_layer="7")),
+    ("last layer outside the encoder", ValueError, "`last_layer` must be a module inside the encoder",
+     lambda: module("gradnorm", last_layer=nn.Linear(2, 2))),
+    ("last layer that is a number", TypeError, "`last_layer` must be a module, got 3",
+     lambda: Written(last_layer=3)),
+    # Trainer and strategy.
+    ("FSDP at level parameters", ValueError, '`level` must be "features" where parameters are sharded',
+     lambda: set_up(module("pcgrad"), strategy=FSDPStrategy("cpu"))),
+    ("model parallel at level parameters", ValueError, "got 'parameters' under ModelParallelStrategy",
+     lambda: set_up(module("pcgrad"), strategy=ModelParallelStrategy(1, 1, process_group_backend="gloo"))),
+    ("static graph with accumulation", ValueError, "DDPStrategy(static_graph=True)",
+     lambda: set_up(module(), strategy=DDPStrategy(static_graph=True), accumulate_grad_batches=2)),
+    ("static graph with accumulation from a callback", ValueError, "DDPStrategy(static_graph=True)",
+     lambda: set_up(module(), strategy=DDPStrategy(static_graph=True),
+                    callbacks=[GradientAccumulationScheduler({4: 2})])),
+    # Callbacks and metrics.
+    ("monitor every 0 steps", ValueError, "`every_n_steps` must be an integer >= 1", lambda: BalanceMonitor(0)),
+    ("heatmap every 0 epochs", ValueError, "`every_n_epochs` must be an integer >= 1", lambda: ConflictHeatmap(0)),
+    ("delta m of other metrics", ValueError, "`base` must", lambda: delta_m({"a": 1.0}, {"b": 1.0}, {"a": True})),
+    # The engine called by hand.
+    ("backward with a balancer's name", TypeError, "`balancer` must be a Balancer, got 'pcgrad'",
+     lambda: backward(balancer="pcgrad")),
+    ("backward with one loss too many", ValueError, "`losses` must hold 2 tasks in this order",
+     lambda: backward(lambda z, a, b: {name: a(z).sum() for name in "abc"})),
+    ("backward of a loss per sample", ValueError, "`losses['a']` must be a scalar (shape []), got [8, 1]",
+     lambda: backward(lambda z, a, b: {"a": a(z), "b": b(z).sum()})),
+    ("backward of a float", TypeError, "`losses['b']` must be a scalar tensor, got float",
+     lambda: backward(lambda z, a, b: {"a": a(z).sum(), "b": b(z).sum().item()})),
+    ("backward of an integer loss", ValueError, "`losses['b']` must be a floating-point scalar, got torch.int64",
+     lambda: backward(lambda z, a, b: {"a": a(z).sum(), "b": (b(z) > 0).sum()})),
+    ("backward of a detached loss", ValueError, "`losses['b']` must have a gradient",
+     lambda: backward(lambda z, a, b: {"a": a(z).sum(), "b": b(z).sum().detach()})),
+    ("backward with detached features", ValueError, "`features` must require grad", lambda: backward(features=X)),
+    ("backward at level features without them", ValueError, "Pass features=",
+     lambda: backward(features=False, level="features")),
+    ("backward with shared beside the features", ValueError, "`shared` must be all parameters",
+     lambda: backward(shared=[nn.Parameter(torch.ones(1))])),
+    ("backward at an unknown level", ValueError, "`level` must be one of", lambda: backward(level="rows")),
+    ("backward through what was compiled before", ValueError, "allow_several_backwards()", compiled_too_early),
+    ("second backward", RuntimeError, "`loss` must go backward once", second_backward),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, fragment, do", AT_ONCE)
+def test_raised_at_once(kind, fragment, do):
+    with pytest.raises(kind) as caught:
+        do()
+    check(caught.value, kind, fragment)
+
+
+# --- 2. Known when the fit starts ------------------------------------------------------------------------------------
+
+
+class Forgetful(MultiTaskModule):
+    """Overrides ``configure_optimizers`` and leaves the balancer out, as a user might."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([*self.encoder.parameters(), *self.tasks.parameters()])
+
+
+AT_FIT_START = params(
+    ("DeepSpeed", ValueError, "got DeepSpeed", lambda: (module(), {"strategy": DeepSpeedStrategy("cpu")})),
+    ("DeepSpeed for Balanced", ValueError, "got DeepSpeed", lambda: (
+        Written(), {"strategy": DeepSpeedStrategy("cpu")})),
+    ("FSDP at level parameters", ValueError, 'Pass level="features"', lambda: (
+        module("gradnorm"), {"strategy": FSDPStrategy("cpu")})),
+    ("balancer in no parameter group", ValueError, 'Add {"params": self.balancer.parameters()', lambda: (
+        Forgetful(mlp(), three_tasks(), "uncertainty"), {})),
+    ("balancer of Balanced in no parameter group", ValueError, "none for 'log_variance' of Uncertainty", lambda: (
+        Written(balancer="uncertainty"), {})),
+)  # fmt: skip
+
+
+def no_batches() -> Iterator[Any]:
+    raise AssertionError("a batch was drawn")
+    yield
+
+
+class NoBatches:
+    """A loader that fails when a batch is wanted."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[Any]:
+        return no_batches()
+
+
+@pytest.mark.parametrize("kind, fragment, make", AT_FIT_START)
+def test_raised_before_a_batch_is_drawn(kind, fragment, make):
+    model, options = make()
+    with pytest.raises(kind) as caught:
+        trainer(**options).fit(model, NoBatches(), NoBatches())
+    check(caught.value, kind, fragment)
+
+
+def test_a_loader_is_asked_if_nothing_is_wrong():
+    with pytest.raises(AssertionError, match="a batch was drawn"):
+        trainer().fit(module(), NoBatches())
+
+
+# --- 3. Known at the first batch -------------------------------------------------------------------------------------
+
+
+class Apart(nn.Module):
+    """Applies ``change`` to the output of a linear layer."""
+
+    def __init__(self, change: Callable[[Tensor], Any], inputs: int = WIDTH, out: int = 1) -> None:
+        super().__init__()
+        self.linear, self.change = nn.Linear(inputs, out), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.linear(x))
+
+
+class Checkpointed(nn.Module):
+    """The reentrant checkpoint hides the parameters behind it from whoever walks the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.second, self.first(x), use_reentrant=True)
+
+
+def without_grad(layer: nn.Module) -> nn.Module:
+    return Apart(lambda z: z.detach(), 8, WIDTH) if layer is None else layer
+
+
+def one(task: Task, target: Any = SIZE, **options: Any) -> tuple[MultiTaskModule, Any]:
+    """A module with this task beside a sound one, and a batch for both."""
+    tasks = {"a": task, "size": size_task()}
+    return multi(tasks, **options), (X, {"a": target, "size": SIZE})
+
+
+def masked(mask: Any, **options: Any) -> tuple[MultiTaskModule, Any]:
+    return multi({"a": size_task(mask="m", **options)}), (X, {"a": SIZE, "m": mask})
+
+
+def whole(batch: Any, **options: Any) -> tuple[MultiTaskModule, Any]:
+    return multi(three_tasks(), **options), batch
+
+
+def written(step: Callable[..., Any], **options: Any) -> tuple[Written, Any]:
+    return Written(step, **options), (X, TARGETS)
+
+
+def compiled(step: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
+    model, batch = written(step, **options)
+    return torch.compile(model, backend="aot_eager"), batch
+
+
+def with_losses(change: Callable[[dict[str, Any]], Any]) -> Callable[[Written, Tensor], Any]:
+    return lambda self, x: self.balance(change(self.losses(self.encoder(x))))
+
+
+def early(self: Written, x: Tensor) -> Tensor:
+    hidden = self.encoder[1](self.encoder[0](x))
+    z = self.encoder[2](hidden)
+    return self.balance({"a": self.a(z + hidden[:, :WIDTH]).mean(), "b": self.b(z).mean()}, features=z)
+
+
+def one_from_another(self: Written, x: Tensor) -> Tensor:
+    z = self.encoder(x)
+    return self.balance(self.losses(z), features=(z, z[:, :3]))
+
+
+AT_FIRST_BATCH = params(
+    # The batch.
+    ("batch that is a tensor", TypeError, "`batch` must be (input, {task: target})", lambda: whole(X)),
+    ("batch of three", TypeError, "got tuple of Tensor, Tensor, Tensor", lambda: whole((X, SIZE, SIZE))),
+    ("targets in a tuple", TypeError, "got tuple of Tensor, tuple", lambda: whole((X, (SIZE, SIZE, SIZE)))),
+    ("unknown task in the targets", ValueError, "`batch targets` must belong to the tasks 'kind', 'size', 'shape', "
+     "got 'depth'", lambda: whole((X, TARGETS | {"depth": SIZE}))),
+    ("missing target", ValueError, "must stand under the key 'shape', got 'kind', 'size'",
+     lambda: whole((X, {name: TARGETS[name] for name in ("kind", "size")}))),
+    ("missing target in a flat batch", ValueError, "must stand under the key 'shape'",
+     lambda: whole({"input": X, "kind": TARGETS["kind"], "size": SIZE})),
+    ("missing input in a flat batch", ValueError, "`batch` must hold the input under 'image'",
+     lambda: whole({"input": X} | TARGETS, input_key="image")),
+    ("missing mask", ValueError, "must stand under the key 'm'",
+     lambda: (multi({"a": size_task(mask="m")}), (X, {"a": SIZE}))),
+    ("unknown task in own loaders", ValueError, "got 'kind', 'depth'",
+     lambda: whole({"kind": (X, TARGETS["kind"]), "depth": (X, SIZE)})),
+    ("level features with a loader per task", ValueError, "one loader per task",
+     lambda: whole({name: (X, target) for name, target in TARGETS.items()}, level="features")),
+    # Shapes and dtypes.
+    ("target of another shape", ValueError, "`target of 'a'` must have the shape of the output, [8, 1], got [8, 2]",
+     lambda: one(size_task(), TARGETS["shape"])),
+    ("output [B, 2] against [B]", ValueError, "never broadcast", lambda: one(RegressionTask(head(2)))),
+    ("output [B] against [B, 1]", ValueError, "never broadcast",
+     lambda: one(RegressionTask(Apart(lambda z: z.squeeze(1))), SIZE[:, None])),
+    ("target of one sample", ValueError, "got [1]", lambda: one(size_task(), SIZE[:1])),
+    ("a plain loss that would broadcast", ValueError, "never broadcast",
+     lambda: one(Task(head(2), F.mse_loss), SIZE[:, None])),
+    ("a loss module that would broadcast", ValueError, "never broadcast",
+     lambda: one(Task(head(2), nn.L1Loss()), SIZE[:, None])),
+    ("a loss of one's own that broadcasts", ValueError, "at most one entry per entry of the target, [8], got [8, 8]",
+     lambda: one(Task(head(), lambda output, target: (output - target).abs(), missing="nan"))),
+    ("integer target of a regression", TypeError, "`target of 'a'` must be a floating-point tensor, got torch.int64",
+     lambda: one(size_task(), TARGETS["kind"])),
+    ("float target of a classification", TypeError, "`target of 'a'` must hold integer class numbers, got torch.float",
+     lambda: one(ClassificationTask(head(3), 3))),
+    ("wrong number of classes", ValueError, "`output of 'a'` must have shape [B, C, ...] with C = 4, got [8, 3]",
+     lambda: one(ClassificationTask(head(3), 4), TARGETS["kind"])),
+    ("one-hot classes", ValueError, "`target of 'a'` must have shape [8], got [8, 3]",
+     lambda: one(ClassificationTask(head(3), 3), F.one_hot(TARGETS["kind"], 3))),
+    ("wrong number of labels", ValueError, "`output of 'a'` must have shape [B, K] with K = 3, got [8, 2]",
+     lambda: one(MultiLabelTask(head(2), 3), torch.ones(8, 3))),
+    ("target of one label for three", ValueError, "`target of 'a'` must have the shape of the output, [8, 3]",
+     lambda: one(MultiLabelTask(head(3), 3), torch.ones(8, 2))),
+    ("targets of five labels for tasks of three", ValueError, "with K = 3, got [8, 5]",
+     lambda: (multi(MultiLabelTask(head(3), 3).per_label("y")), (X, {"y": torch.ones(8, 5)}))),
+    ("reconstruction of another size", ValueError, "[8, 7], got [8, 8]", lambda: one(ReconstructionTask(head(7)))),
+    ("target that is a list", TypeError, "`target of 'a'` must be a tensor, got list",
+     lambda: one(MultiLabelTask(head(), 1), [1.0] * 8)),
+    ("output that is a tuple", TypeError, "`output of 'a'` must be a tensor, got tuple",
+     lambda: one(RegressionTask(Apart(lambda z: (z, z))))),
+    # Masks and missing labels.
+    ("mask of one sample", ValueError, "`mask of 'a'` must have the leading dimensions", lambda: masked(
+        torch.ones(1, dtype=torch.bool))),
+    ("mask with a dimension too many", ValueError, "got [8, 1]", lambda: masked(torch.ones(8, 1, dtype=torch.bool))),
+    ("mask of a shorter batch", ValueError, "got [4]", lambda: masked(torch.ones(4, dtype=torch.bool))),
+    ("mask of numbers", TypeError, "`mask of 'a'` must be a bool tensor, got torch.float32",
+     lambda: masked(torch.ones(8))),
+    ("mask that is a list", TypeError, "`mask of 'a'` must be a tensor, got list", lambda: masked([True] * 8)),
+    ("missing labels with a mean as loss", ValueError, 'Use reduction="none"',
+     lambda: one(Task(head(), F.mse_loss, missing="nan"))),
+    # Losses.
+    ("loss that is a float", TypeError, "`loss of 'a'` must be a floating-point tensor, got float",
+     lambda: one(Task(head(), lambda output, target: 1.0))),
+    ("loss that counts", TypeError, "`loss of 'a'` must be a floating-point tensor, got torch.int64",
+     lambda: one(Task(head(), lambda output, target: (output > 0).sum()))),
+    ("detached loss", ValueError, "`loss of 'a'` must have a gradient",
+     lambda: one(Task(head(), lambda output, target: output.mean().detach()))),
+    ("head that detaches", ValueError, "`loss of 'a'` must have a gradient",
+     lambda: one(RegressionTask(Apart(lambda z: z.detach())), balancer="fixed")),
+    ("negative loss for ratios", ValueError, "Pass loss_offset=", lambda: one(
+        Task(head(), lambda output, target: output.mean() - 99), balancer="gradnorm")),
+    # Features.
+    ("encoder that detaches", ValueError, "`encoder` must return features that require grad",
+     lambda: whole((X, TARGETS), encoder=Apart(lambda z: z.detach(), 8, WIDTH))),
+    ("encoder that detaches, fixed weights", ValueError, "`encoder` must return features that require grad",
+     lambda: whole((X, TARGETS), encoder=Apart(lambda z: z.detach(), 8, WIDTH), balancer="fixed")),
+    ("reentrant checkpoint", ValueError, "use_reentrant=False",
+     lambda: whole((X, TARGETS), encoder=Checkpointed())),
+    ("reentrant checkpoint before the last layer", ValueError, "use_reentrant=False",
+     lambda: whole((X, TARGETS), encoder=Checkpointed(), balancer="gradnorm")),
+    # Balanced.
+    ("loss of an unknown task", ValueError, "`losses` must hold exactly the tasks 'a', 'b', got 'a', 'c'",
+     lambda: written(with_losses(lambda losses: {"a": losses["a"], "c": losses["b"]}))),
+    ("task left out", ValueError, "Pass None for a task without labels",
+     lambda: written(with_losses(lambda losses: {"a": losses["a"]}))),
+    ("losses as a list", ValueError, "got list", lambda: written(with_losses(lambda losses: list(losses.values())))),
+    ("no loss at all", ValueError, "hold a loss of at least one task",
+     lambda: written(with_losses(lambda losses: dict.fromkeys(losses)))),
+    ("loss per sample", ValueError, "`losses['a']` must be a scalar (shape []), got [2]",
+     lambda: written(with_losses(lambda losses: losses | {"a": losses["a"].expand(2)}))),
+    ("loss without gradient", ValueError, "`losses['a']` must have a gradient",
+     lambda: written(with_losses(lambda losses: losses | {"a": losses["a"].detach()}))),
+    ("count of an unknown task", ValueError, "`labelled` must hold tasks among 'a', 'b', got 'c'",
+     lambda: written(lambda self, x: self.balance(self.losses(self.encoder(x)), labelled={"c": 3}))),
+    ("features that are detached, heads too", ValueError, "`features` must require grad",
+     lambda: written(lambda self, x: (z := self.encoder(x).detach()) is not None and self.balance(
+         self.losses(z), features=z))),
+    ("features that are detached, heads not", ValueError, "`features` must require grad",
+     lambda: written(lambda self, x: (z := self.encoder(x)) is not None and self.balance(
+         self.losses(z), features=z.detach()))),
+    ("features that the heads pass by", ValueError, "`features` must hold everything that the heads read",
+     lambda: written(early)),
+    ("features computed from one another", ValueError, "`features` must be independent of each other",
+     lambda: written(one_from_another)),
+    ("level features without features", ValueError, "Pass features=",
+     lambda: written(with_losses(lambda losses: losses), level="features")),
+    ("last layer that is not shared", ValueError, "`last_layer` must be a part of what the tasks share",
+     lambda: written(with_losses(lambda losses: losses), balancer="gradnorm", last_layer=nn.Linear(2, 2))),
+    ("reentrant checkpoint in a module of one's own", ValueError, "use_reentrant=False",
+     lambda: written(lambda self, x: self.balance(
+         self.losses(checkpoint(self.encoder[2], self.encoder[0](x), use_reentrant=True))))),
+    ("compiled as a whole without a boundary", ValueError, "lightning_mtl.boundary(encoder(x))",
+     lambda: compiled(lambda self, x: self.balance(self.losses(self.encoder(x))))),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, fragment, make", AT_FIRST_BATCH)
+def test_raised_at_the_first_batch_before_anything_moves(kind, fragment, make):
+    model, batch = make()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    runner = trainer(max_steps=2)
+    with pytest.raises(kind) as caught:
+        runner.fit(model, [batch, batch])
+    check(caught.value, kind, fragment)
+    assert runner.global_step == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_several_evaluation_loaders_are_refused():
+    with pytest.raises(ValueError, match="2 loaders") as caught:
+        trainer().validate(module(), [[(X, TARGETS)], [(X, TARGETS)]], verbose=False)
+    check(caught.value, ValueError, "`val_dataloaders` must be one loader, or one per task")
+
+
+def test_there_are_enough_cases():
+    assert len(AT_ONCE) + len(AT_FIT_START) + len(AT_FIRST_BATCH) >= 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PCGrad: `gram` must be square, got [2, 3].",
+        "PCGrad: `gram` must be square, got [2, 3]. pass rows.",
+        "PCGrad: `gram` must be square. Pass rows.",
+        "PCGrad: gram must be square, got [2, 3]. Pass rows.",
+        "PCGrad: `gram` must be square, got [2, 3]. Pass rows..",
+        "gram must be square",
+    ],
+)
+def test_another_form_is_seen(text):
+    assert not FORM.fullmatch(text)
