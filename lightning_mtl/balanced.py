@@ -105,6 +105,7 @@ class Balanced(_Base):
         self.last_balance = None
         self._memory: dict[str, Any] = {}
 
+    @torch.compiler.disable
     def balance(
         self,
         losses: Mapping[str, Tensor | None],

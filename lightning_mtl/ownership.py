@@ -61,13 +61,15 @@ def behind_features(
     if not roots:
         touched = {id(leaf) for leaf in reached(losses, model)}
         idle = [names[id(p)] for p in own if id(p) not in touched]
-        if idle:
+        meet = [names.get(id(leaf), "?") for leaf in discover(losses, model).shared]
+        if idle or meet:
+            found = f"no loss reaches {listed(idle[:3])}" if idle else f"several losses reach {listed(meet[:3])}"
             raise bad_argument(
                 model,
                 "features",
                 "require grad",
-                f"tensors without a gradient, while no loss reaches {listed(idle[:3])}",
-                "Pass the encoder's output as the heads read it, without detach() or no_grad()",
+                f"tensors without a gradient, while {found}",
+                "Pass the encoder's output as the heads read it, without detach() or no_grad(), or leave features out",
             )
     beside = [names.get(id(leaf), "?") for leaf in reached_beside(losses, roots, model) if id(leaf) in behind]
     if beside:

@@ -234,14 +234,15 @@ def reading(results: Results) -> list[str]:
     hand = change("rec x 0.03", best)
     top = max((arm for arm in results.arms if arm != "single task"), key=lambda arm: change(arm, "single task").mean)
     shared = change(top, "single task")
+    repaired = "; ".join(f"{arm} {change(arm, 'equal')}" for arm in BALANCERS)
     error = {arm: fmean(results.of(arm, "rec/mse")) for arm in ("single task", "equal", best)}
     opposed = {label: results.curve("pcgrad", key)[1] for key, label in COSINES.items()}
     return [
         f"Two classifiers of equal weight on one encoder, against a net each: {two}. "
-        + ("They interfere." if two.mean < 0 else "They do not interfere."),
+        + ("They interfere here." if two.mean < 0 else "No interference here."),
         f"PCGrad in place of their sum: {change('pcgrad without rec', 'equal without rec')}.",
         f"A third loss, summed over 144 pixels, equal weights: {change('equal', 'equal without rec')}.",
-        "Balancers against equal weights, three tasks: " + "; ".join(f"{arm} {change(arm, 'equal')}" for arm in BALANCERS) + ".",
+        f"Balancers against equal weights, three tasks: {repaired}.",
         f"A weight set by hand (rec x 0.03), against the best of them, {best}: {hand}. "
         + ("Balancing is not shown to beat tuning." if hand.mean >= 0 else "This weight is not the best one."),
         f"The best shared encoder, {top}, against single tasks: {shared}. "

@@ -26,7 +26,7 @@ from lightning_mtl.balancers import Fixed, GradNorm, PCGrad, Uncertainty, load
 from lightning_mtl.callbacks import BalanceMonitor, ConflictHeatmap
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, ReconstructionTask, RegressionTask
-from tests.nets import WIDTH, mlp, module, samples, sgd, three_tasks, trainer
+from tests.nets import WIDTH, loader, mlp, module, samples, sgd, three_tasks, trainer
 
 # Who (a class or function, a task in brackets), the argument in backticks, what was expected, what came, one sentence.
 FORM = re.compile(r"[\w.]+: `[^`\n]+` must [a-z][^\n]*, got [^\n]+\. [A-Z][^\n]*[^.\s]\.")
@@ -102,12 +102,12 @@ def changed(change: Callable[[TaskRegistry], Any]) -> None:
     set_up(model)
 
 
-def backward(losses: Any = None, balancer: Any = None, features: bool = True, **options: Any) -> None:
-    """``lightning_mtl.backward`` on two losses of one encoder."""
+def backward(losses: Any = None, balancer: Any = None, **options: Any) -> None:
+    """``lightning_mtl.backward`` on two losses of one encoder, with its features unless told otherwise."""
     encoder, a, b = mlp(), head(), head()
     z = encoder(X)
     made = {"a": a(z).square().mean(), "b": b(z).square().mean()} if losses is None else losses(z, a, b)
-    lightning_mtl.backward(made, balancer or PCGrad(2), **({"features": z} if features else {}) | options)
+    lightning_mtl.backward(made, balancer or PCGrad(2), **({"features": z} | options))
 
 
 def second_backward() -> None:
@@ -264,7 +264,7 @@ AT_ONCE = params(
      lambda: backward(lambda z, a, b: {"a": a(z).sum(), "b": b(z).sum().detach()})),
     ("backward with detached features", ValueError, "`features` must require grad", lambda: backward(features=X)),
     ("backward at level features without them", ValueError, "Pass features=",
-     lambda: backward(features=False, level="features")),
+     lambda: backward(features=None, level="features")),
     ("backward with shared beside the features", ValueError, "`shared` must be all parameters",
      lambda: backward(shared=[nn.Parameter(torch.ones(1))])),
     ("backward at an unknown level", ValueError, "`level` must be one of", lambda: backward(level="rows")),
@@ -308,27 +308,31 @@ def no_batches() -> Iterator[Any]:
     yield
 
 
-class NoBatches:
-    """A loader that fails when a batch is wanted."""
+class Loader:
+    """Made of an iterator maker; Lightning would take a list for several loaders."""
+
+    def __init__(self, batches: Callable[[], Iterator[Any]]) -> None:
+        self.batches = batches
 
     def __len__(self) -> int:
-        return 4
+        return 2
 
     def __iter__(self) -> Iterator[Any]:
-        return no_batches()
+        return self.batches()
 
 
 @pytest.mark.parametrize("kind, fragment, make", AT_FIT_START)
 def test_raised_before_a_batch_is_drawn(kind, fragment, make):
     model, options = make()
+    validation = Loader(no_batches) if isinstance(model, MultiTaskModule) else None
     with pytest.raises(kind) as caught:
-        trainer(**options).fit(model, NoBatches(), NoBatches())
+        trainer(**options).fit(model, Loader(no_batches), validation)
     check(caught.value, kind, fragment)
 
 
 def test_a_loader_is_asked_if_nothing_is_wrong():
     with pytest.raises(AssertionError, match="a batch was drawn"):
-        trainer().fit(module(), NoBatches())
+        trainer().fit(module(), Loader(no_batches))
 
 
 # --- 3. Known at the first batch -------------------------------------------------------------------------------------
@@ -354,10 +358,6 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.second, self.first(x), use_reentrant=True)
-
-
-def without_grad(layer: nn.Module) -> nn.Module:
-    return Apart(lambda z: z.detach(), 8, WIDTH) if layer is None else layer
 
 
 def one(task: Task, target: Any = SIZE, **options: Any) -> tuple[MultiTaskModule, Any]:
@@ -405,13 +405,13 @@ AT_FIRST_BATCH = params(
     ("targets in a tuple", TypeError, "got tuple of Tensor, tuple", lambda: whole((X, (SIZE, SIZE, SIZE)))),
     ("unknown task in the targets", ValueError, "`batch targets` must belong to the tasks 'kind', 'size', 'shape', "
      "got 'depth'", lambda: whole((X, TARGETS | {"depth": SIZE}))),
-    ("missing target", ValueError, "must stand under the key 'shape', got 'kind', 'size'",
+    ("missing target", ValueError, "must stand in the batch under the key 'shape', got 'kind', 'size'",
      lambda: whole((X, {name: TARGETS[name] for name in ("kind", "size")}))),
-    ("missing target in a flat batch", ValueError, "must stand under the key 'shape'",
+    ("missing target in a flat batch", ValueError, "must stand in the batch under the key 'shape'",
      lambda: whole({"input": X, "kind": TARGETS["kind"], "size": SIZE})),
     ("missing input in a flat batch", ValueError, "`batch` must hold the input under 'image'",
      lambda: whole({"input": X} | TARGETS, input_key="image")),
-    ("missing mask", ValueError, "must stand under the key 'm'",
+    ("missing mask", ValueError, "`mask of 'a'` must stand in the batch under the key 'm'",
      lambda: (multi({"a": size_task(mask="m")}), (X, {"a": SIZE}))),
     ("unknown task in own loaders", ValueError, "got 'kind', 'depth'",
      lambda: whole({"kind": (X, TARGETS["kind"]), "depth": (X, SIZE)})),
@@ -521,7 +521,7 @@ def test_raised_at_the_first_batch_before_anything_moves(kind, fragment, make):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     runner = trainer(max_steps=2)
     with pytest.raises(kind) as caught:
-        runner.fit(model, [batch, batch])
+        runner.fit(model, Loader(lambda: iter([batch, batch])))
     check(caught.value, kind, fragment)
     assert runner.global_step == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -529,7 +529,7 @@ def test_raised_at_the_first_batch_before_anything_moves(kind, fragment, make):
 
 def test_several_evaluation_loaders_are_refused():
     with pytest.raises(ValueError, match="2 loaders") as caught:
-        trainer().validate(module(), [[(X, TARGETS)], [(X, TARGETS)]], verbose=False)
+        trainer().validate(module(), [loader(), loader()], verbose=False)
     check(caught.value, ValueError, "`val_dataloaders` must be one loader, or one per task")
 
 

@@ -74,7 +74,11 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
         extra = set(spec) - {"class_path", "init_args"}
         if "class_path" not in spec or extra:
             raise bad_argument(
-                "balancer", "balancer", "have the keys class_path and init_args", listed(spec), "Write it so"
+                "balancer",
+                "balancer",
+                "have the keys class_path and init_args",
+                listed(spec),
+                'Write {"class_path": ..., "init_args": {...}}',
             )
         balancer = load(spec["class_path"], len(names), **_options(spec.get("init_args") or {}))
     elif callable(spec) and (issubclass(spec, Balancer) if isinstance(spec, type) else not isinstance(spec, nn.Module)):
@@ -86,7 +90,7 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
             "balancer",
             "balancer",
             "be a name, a mapping with class_path, a Balancer or a callable that makes one",
-            type(balancer).__name__,
+            repr(balancer) if isinstance(balancer, type) else type(balancer).__name__,
             f"Choose one of {listed(available())}",
             TypeError,
         )

@@ -14,7 +14,7 @@ _BLOCK = 1 << 22
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Inner products of the rows, summed in float64: relative to the norms exact to 1e-7 for float32 rows.
+    """Inner products of the rows, summed in float64: relative to the norms exact to 1e-6 for float32 rows.
 
     Shapes: rows ``[T, N]`` -> gram float64 ``[T, T]``.
     """

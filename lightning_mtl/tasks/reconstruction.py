@@ -44,7 +44,7 @@ class ReconstructionTask(Task):
     def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:
         if self.target is not None:
             return super().pick(targets, inputs, name)
-        return inputs, None if self.mask is None else self._entry(targets, self.mask, name)
+        return inputs, None if self.mask is None else self._entry(targets, self.mask, name, "mask")
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Tensor, Tensor]:
         for what, value in {"output": output, "target": target}.items():

@@ -138,7 +138,8 @@ class Task(nn.Module):
         Raises: ``ValueError`` if one is not there.
         """
         key = self.target or name
-        return self._entry(targets, key, name), None if self.mask is None else self._entry(targets, self.mask, name)
+        mask = None if self.mask is None else self._entry(targets, self.mask, name, "mask")
+        return self._entry(targets, key, name, "target"), mask
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Any, Any]:
         """Bring output and target to the shapes that the loss takes, or refuse them."""
@@ -271,15 +272,15 @@ class Task(nn.Module):
             "Give one entry per label or per sample",
         )
 
-    def _entry(self, targets: Mapping[str, Any], key: str, name: str) -> Any:
+    def _entry(self, targets: Mapping[str, Any], key: str, name: str, what: str) -> Any:
         if not isinstance(targets, Mapping) or key not in targets:
             found = listed(targets) if isinstance(targets, Mapping) else type(targets).__name__
             raise bad_argument(
                 self,
-                f"batch target of '{name}'",
-                f"stand under the key {key!r}",
+                f"{what} of '{name}'",
+                f"stand in the batch under the key {key!r}",
                 found,
-                "Add it to the batch, or pass target= with its key",
+                f"Add it to the batch, or pass {what}= with its key",
             )
         return targets[key]
 

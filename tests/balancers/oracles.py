@@ -30,7 +30,7 @@ def pcgrad(rows: Sequence[Tensor], orders: Sequence[Sequence[int]]) -> tuple[Ten
 def gradnorm_objective(weights: Tensor, norms: Sequence[float], rates: Sequence[float], alpha: float) -> Tensor:
     """``L_grad`` of arXiv:1711.02257, equation 2, its target held constant. Differentiable in ``weights [T]``."""
     scaled = [weights[t] * norms[t] for t in range(len(norms))]
-    mean_norm = sum(float(g) for g in scaled) / len(scaled)
+    mean_norm = sum(g.item() for g in scaled) / len(scaled)
     mean_rate = sum(rates) / len(rates)
     terms = [abs(g - mean_norm * (rate / mean_rate) ** alpha) for g, rate in zip(scaled, rates, strict=True)]
     return torch.stack(terms).sum()

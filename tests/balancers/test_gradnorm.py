@@ -21,7 +21,7 @@ def numbers(num_tasks: int, seed: int) -> tuple[list[float], list[float]]:
     return values[0].tolist(), values[1].tolist()
 
 
-def settled(norms: list[float], losses: list[float] | None = None, steps: int = 3000, **options: float) -> list[float]:
+def settled(norms: list[float], losses: list[float] | None = None, steps: int = 1200, **options: float) -> list[float]:
     """The weights after many steps with the same norms and losses."""
     balancer = GradNorm(len(norms), **options)
     first = torch.ones(len(norms))

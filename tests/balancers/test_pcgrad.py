@@ -40,7 +40,7 @@ def test_two_tasks_in_closed_form(seed):
 
 
 def test_the_order_matters_with_three_tasks():
-    given = conflicting(3, seed=1)
+    given = conflicting(3, seed=3)
     updates = {tuple(PCGrad(3, seed=s).combine(given, losses(3)).round(decimals=6).tolist()) for s in range(20)}
     assert len(updates) > 1
 

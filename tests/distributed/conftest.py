@@ -20,7 +20,7 @@ from filelock import FileLock
 from tests.distributed.runs import Run, execute
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 240  # seconds for all runs; less than the time-out of a test
+DEADLINE = 480  # seconds for all runs: about five times what two idle cores need
 CRASHES = 5  # how often a pair may die before the rest is given up
 
 
@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.distributed)
             item.add_marker(pytest.mark.xdist_group("distributed"))
+            item.add_marker(pytest.mark.timeout(DEADLINE + 60))  # the first test waits for all runs
 
 
 @pytest.fixture(scope="session")

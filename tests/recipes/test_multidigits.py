@@ -159,13 +159,13 @@ USUAL = {
 def test_the_reading_follows_the_numbers():
     assert list(USUAL) == list(recipe.COMPARE.arms)
     usual = " ".join(told(USUAL))
-    assert "-3.0 points. They interfere." in usual
+    assert "-3.0 points. They interfere here." in usual
     assert "PCGrad in place of their sum: +1.0 points." in usual
     assert "uncertainty +4.0 points; pcgrad +8.0 points; gradnorm +26.0 points" in usual
     assert "gradnorm: +3.0 points. Balancing is not shown to beat tuning." in usual
     assert "None is better here." in usual
     other = " ".join(told(USUAL | {"single task": 0.5, "rec x 0.03": 0.4, "pcgrad": 0.9}))
-    assert "+39.0 points. They do not interfere." in other
+    assert "+39.0 points. No interference here." in other
     assert "the best of them, pcgrad: -50.0 points. This weight is not the best one." in other
     assert "Sharing helps here." in other
 
