@@ -78,7 +78,7 @@ class ConflictHeatmap(pl.Callback):
             elif logger.log_dir:
                 path = Path(logger.log_dir) / f"{self.key.replace('/', '_')}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=150)
+                figure.savefig(path)
 
 
 def heatmap(matrix: torch.Tensor, names: tuple[str, ...], title: str) -> Figure:
@@ -88,7 +88,7 @@ def heatmap(matrix: torch.Tensor, names: tuple[str, ...], title: str) -> Figure:
 
     num = len(names)
     side = min(2.4 + 0.55 * num, 12.0)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = Figure(figsize=(side + 1, side), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     # A task always agrees with itself: left out, so that the pairs are what one sees.

@@ -400,6 +400,7 @@ def loop(run: Run) -> dict[str, Any]:
     if run.model == "fabric":
         strategy = FabricDDP(process_group_backend="gloo", **DDP[run.ddp]) if world() > 1 else "auto"
         fabric = Fabric(accelerator="cpu", devices=world(), strategy=strategy)
+        fabric.launch()
         wrapped, optimizer = fabric.setup(net, optimizer)
         backward_fn = fabric.backward
     elif world() > 1:

@@ -82,7 +82,7 @@ def test_reconstruction():
 def test_a_mask_beside_the_gaps():
     output, target = torch.arange(4.0), torch.tensor([NAN, 1.0, 2.0, 3.0])
     task = RegressionTask(nn.Identity(), metrics=SEEN, mask="m")
-    assert shown(task, output, target, FIRST)[1].tolist() == [2.0]
+    assert shown(task, output, target, FIRST)[1].flatten().tolist() == [2.0]
 
 
 def test_without_gaps_shapes_are_kept():
