@@ -163,7 +163,7 @@ class MultiDigits(MultiTaskModule):
         tasks: which heads to train. With one name this is a single-task model with the same encoder.
         level: where task gradients are taken: at the encoder's "parameters", or at its "features".
         lr: peak of the one-cycle schedule.
-        balancer_lr: the same for parameters that belong to the balancer (uncertainty's).
+        balancer_lr: constant rate of the parameters that belong to the balancer (uncertainty's).
     """
 
     def __init__(
@@ -197,13 +197,14 @@ class MultiDigits(MultiTaskModule):
         self.lr, self.balancer_lr = lr, balancer_lr
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # The first group is the model's; a second one is there if the balancer has parameters of its own.
-        groups = self.parameter_groups()
-        peaks = [self.lr, self.balancer_lr][: len(groups)]
-        optimizer = torch.optim.Adam(groups)
+        optimizer = torch.optim.Adam(self.parameter_groups(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=peaks, total_steps=int(self.trainer.estimated_stepping_batches)
+            optimizer, max_lr=self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
         )
+        # The first group is the model's. Weights that a balancer learns keep one rate: with the slow start of the
+        # cycle they would stay near 1 while the encoder is formed.
+        for group in optimizer.param_groups[1:]:
+            group.update(dict.fromkeys(("lr", "initial_lr", "max_lr", "min_lr"), self.balancer_lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -178,6 +178,14 @@ def training_data(run: Run) -> Any:
 # Models
 
 
+def forgetful(parameters: Any) -> torch.optim.Optimizer:
+    """Without momentum, for models in which a head may go without labels.
+
+    Its gradient is then missing alone, so that it stands still, and zero under DDP, so that momentum would move it on.
+    """
+    return torch.optim.SGD(parameters, lr=0.02)
+
+
 class Hand(Balanced, L.LightningModule):
     """An existing module made balanced. As in its user's code, a head without labels is not even called."""
 
@@ -189,7 +197,7 @@ class Hand(Balanced, L.LightningModule):
         self.pass_features = run.model == "features"
         self.pass_counts = run.labels not in ("all", "one_rank")  # where each process counts the same if at all
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, targets = batch
         z = self.encoder(x)
         losses: dict[str, Tensor | None] = {}
@@ -201,15 +209,13 @@ class Hand(Balanced, L.LightningModule):
             losses[task] = None
             if there.any():
                 losses[task] = LOSSES[task](getattr(self, task)(z[there]).squeeze(1), target[there])
-        if world() == 1 and not any(isinstance(loss, Tensor) for loss in losses.values()):
-            return None
+        if world() == 1 and all(loss is None for loss in losses.values()):
+            return z.sum() * 0
         features = z if self.pass_features else None
         return self.balance(losses, features, counts if self.pass_counts else None)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Without momentum: alone, a head without labels has no gradient; with momentum it would stand still there,
-        # while under DDP, where its gradient is zero, it would glide on.
-        return torch.optim.SGD(self.parameters(), lr=0.02)
+        return forgetful(self.parameters())
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -245,7 +251,7 @@ def own_loaders(run: Run) -> MultiTaskModule:
     """Its labels cannot be missing, so that only an exhausted loader leaves a task out."""
     torch.manual_seed(0)
     tasks = {task: Task(nn.Linear(WIDTH, out), LOSSES[task]) for task, out in zip(TASKS, (3, 1, 2), strict=True)}
-    return MultiTaskModule(mlp(), tasks, run.balancer, optimizer=sgd)
+    return MultiTaskModule(mlp(), tasks, run.balancer, optimizer=forgetful)
 
 
 def frozen(run: Run) -> MultiTaskModule:
@@ -337,7 +343,7 @@ def half(run: Run) -> dict[str, Any]:
     model, seen = MODELS[run.model](run), Snapshots()
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
     trainer_of(run, plugins=precision, callbacks=seen).fit(model, training_data(run))
-    return vars(seen)
+    return {"network": seen.network, "balancer": seen.balancer, "scale": seen.scale}
 
 
 class Marker(L.Callback):
@@ -405,7 +411,7 @@ def loop(run: Run) -> dict[str, Any]:
         backward_fn = fabric.backward
     elif world() > 1:
         wrapped = DistributedDataParallel(net, **DDP[run.ddp])
-    last_layer = None if run.model == "fabric" or run.level == "features" else list(net.encoder[-1].parameters())
+    last_layer = None if run.level == "features" else list(net.encoder[-1].parameters())
     for index, (x, targets) in enumerate(training_data(run)):
         due = (index + 1) % run.accumulate == 0
         waiting = contextlib.nullcontext() if due or world() == 1 else wrapped.no_sync()

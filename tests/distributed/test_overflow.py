@@ -1,6 +1,5 @@
 """Half precision with a gradient scaler on two processes: one overflow, on process 1 only, and both skip the step."""
 
-from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -12,7 +11,6 @@ from tests.nets import GRAM_BALANCERS, LEVELS
 PAIRS = [("fixed", "parameters"), ("uncertainty", "parameters"), *product(GRAM_BALANCERS, LEVELS)]
 # The loss of a task is infinite; or it is finite and its scaled gradient is not.
 RUNS = [Run(*pair, do="half", labels=labels, steps=5) for pair, labels in product(PAIRS, ("inf", "huge"))]
-FINITE = [Run(*pair, do="half", steps=20) for pair in PAIRS]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -46,10 +44,3 @@ def test_both_processes_stay_equal(run, together):
     first, second = together(run)
     assert all(torch.equal(a, b) for a, b in zip(first["network"], second["network"], strict=True))
     torch.testing.assert_close(first["balancer"], second["balancer"], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("run", FINITE, ids=str)
-def test_without_overflow_it_stays_near_one_process_in_single_precision(run, together, alone):
-    one = alone(replace(run, do="fit"))["network"]
-    for seen in together(run):
-        assert (seen["network"][-1] - one).abs().max() <= 1e-3

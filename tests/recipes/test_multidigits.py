@@ -135,6 +135,16 @@ def test_the_encoder_does_not_depend_on_the_tasks():
     }
 
 
+def test_the_model_has_a_cycle_and_the_balancer_one_rate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--trainer.fast_dev_run=4", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    trainer = recipe.main(["fit", "--model.balancer=uncertainty", *quick]).trainer
+    model, balancer = trainer.optimizers[0].param_groups
+    assert model["lr"] == pytest.approx(2e-3 / 25 / 1e4)
+    assert balancer["lr"] == 0.025
+    assert trainer.model.balancer.log_variance.abs().min() > 0.05
+
+
 def told(levels: dict[str, float]) -> list[str]:
     """The reading of a table in which each arm has one accuracy."""
     rows = [
