@@ -7,7 +7,9 @@ Run:      lightning-mtl run multidigits
 Override: --model.balancer pcgrad       --model.tasks [left,right]       --trainer.max_epochs 5
           --model.level features        --seed_everything 1              --trainer.devices 2
           W&B: --trainer.logger WandbLogger --trainer.logger.project multidigits --trainer.logger.offline true
-Expect:   EXPECT
+Expect:   10 to 20 seconds on one core. Test, five seeds, mean ± sd: accuracy of the two classifiers, error of rec:
+          single task 91.6 ± 0.8 %, 0.033     equal 57.6 ± 5.0 %, 0.033        pcgrad 67.6 ± 5.5 %, 0.032
+          equal without rec 89.1 ± 1.1 %      uncertainty 79.1 ± 6.0 %, 0.044  gradnorm 85.9 ± 2.4 %, 0.043
 Data:     scikit-learn's digits (1797 images of 8x8, part of scikit-learn). Images are split before pairs are
           composed, so no test pair holds a training image. Writers are not recorded, so the splits share them.
 """

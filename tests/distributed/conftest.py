@@ -110,7 +110,7 @@ def everything(folder: Path) -> Callable[[Run], list[dict[str, Any]]]:
             pytest.fail("\n".join(errors), pytrace=False)
         return found
 
-    return results
+    return cache(results)
 
 
 @pytest.fixture(scope="session")

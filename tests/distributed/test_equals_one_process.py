@@ -88,8 +88,8 @@ def test_both_processes_end_equal(run, together):
     torch.testing.assert_close(first["balancer"], second["balancer"], rtol=0, atol=0, equal_nan=True)
 
 
-def test_runs_differ_by_much_more_than_the_bar(alone):
+def test_runs_differ_by_more_than_the_bar(alone):
     """Otherwise a clipping, an accumulation or a balancer that is not at work would pass for one that is."""
     grid = {single(run) for run in GRID if (run.balancer, run.level) in PAIRS}
     ends = [alone(run)["network"] for run in grid]
-    assert min(distance(a, b) for a, b in combinations(ends, 2)) > 1000 * BAR
+    assert min(distance(a, b) for a, b in combinations(ends, 2)) > 10 * BAR

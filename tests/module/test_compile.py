@@ -16,7 +16,11 @@ from lightning_mtl import Balanced, boundary
 from tests.engine.zoo import NETS, Trunk, three_losses
 from tests.nets import BALANCERS, loader, module, network, sgd, trainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Dynamo itself looks at `.grad` of whatever crosses a graph break.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 @pytest.fixture
