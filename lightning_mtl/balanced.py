@@ -262,8 +262,10 @@ class Balanced(_Base):
     ) -> Step:
         layer: list[Tensor] | None = None
         if isinstance(self.balancer, GramBalancer) and self.balancer.gram_at == "last_layer":
+            # Who is found shared in a graph depends on the tasks that a batch has.
+            key = f"layer {hash(tuple(id(parameter) for parameter in owned.shared))}"
             module = cast("nn.Module | None", self.last_layer) or self._remembered(
-                "layer", lambda: last_layer(self.modules(), owned.shared)
+                key, lambda: last_layer(self.modules(), owned.shared)
             )
             layer = None if module is None else [p for p in module.parameters() if p.requires_grad]
             if self.last_layer is not None and not {id(p) for p in layer or ()} <= {id(p) for p in owned.shared}:

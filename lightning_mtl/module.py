@@ -17,7 +17,7 @@ from lightning_mtl.balancers.base import Balancer, GramBalancer
 from lightning_mtl.batches import Group, groups_of, num_samples, task_of_loader
 from lightning_mtl.checks import bad_argument, check_choice, listed, shape
 from lightning_mtl.engine import leaves_per_head, reached, rescale_to_global, tensors_of
-from lightning_mtl.engine.gather import mean_over_ranks
+from lightning_mtl.engine.gather import mean_over_ranks, world_size
 from lightning_mtl.metrics.total_loss import TotalLoss
 from lightning_mtl.ownership import Owned, declared
 from lightning_mtl.tasks import Task, TaskRegistry
@@ -241,7 +241,10 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             result = results.get(name)
             losses.append(self._absent_loss(self.device) if result is None else result.loss)
             counts.append(0 if result is None else 1 if result.count is None else result.count)
-        if len(results) == len(self.task_names) and all(result.count is None for result in results.values()):
+        complete = len(results) == len(self.task_names) and all(result.count is None for result in results.values())
+        # With one loader per task another rank may lack a task that this one has.
+        alike = world_size() == 1 or len({id(result.roots) for result in results.values()}) == 1
+        if complete and alike:
             return losses, None
         return rescale_to_global(losses, counts)
 
@@ -302,7 +305,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             value,
             on_step=False,
             on_epoch=True,
-            batch_size=size,
+            # Lightning divides the total over the ranks by their number, and rounds it down.
+            batch_size=size * world_size(),
             sync_dist=isinstance(value, Tensor),
             add_dataloader_idx=False,
         )

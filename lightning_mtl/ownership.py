@@ -87,10 +87,13 @@ def in_graph(losses: Sequence[Tensor], model: nn.Module, own: Sequence[Tensor]) 
     """Who is shared in this step's graph: what at least two losses reach, on any rank."""
     found = discover([loss for loss in losses if loss.requires_grad], model)
     here = {id(parameter) for parameter in found.shared}
-    flags = union_over_ranks([id(parameter) in here for parameter in own], losses[0].device)
-    shared = [parameter for parameter, flag in zip(own, flags, strict=True) if flag]
-    # What only other ranks share (a task has no labels here) does not lie behind this rank's edges.
-    edges = found.edges if all(id(parameter) in here for parameter in shared) else []
+    mine = [id(parameter) in here for parameter in own]
+    flags = union_over_ranks([*mine, *(not flag for flag in mine), not found.edges], losses[0].device)
+    some, not_all, cut_fails = flags[: len(own)], flags[len(own) : -1], flags[-1]
+    shared = [parameter for parameter, flag in zip(own, some, strict=True) if flag]
+    # What only other ranks share (a task has no labels here) does not lie behind this rank's edges; and all ranks
+    # must go one way, because each has its own collectives.
+    edges = [] if cut_fails or any(a and b for a, b in zip(some, not_all, strict=True)) else found.edges
     taken = {id(parameter) for parameter in shared}
     private = [parameter for parameter in own if id(parameter) not in taken]
     return Owned(shared, [], private, [], list(edges) or None)

@@ -156,7 +156,8 @@ class LossBalancer(Balancer):
             return self.objective(torch.where(present.to(losses.device), losses, 0))
         tasks = present.to(losses.device).nonzero().squeeze(1)
         if len(tasks) == 0:
-            return losses.sum() * 0
+            # DDP waits for the balancer's own parameters too.
+            return losses.sum() * 0 + sum((p.sum() * 0 for p in self.parameters()), losses.new_zeros(()))
         return self.objective(losses[tasks], tasks)
 
     def weights(self, losses: Tensor, present: Tensor | None = None) -> Tensor:

@@ -40,7 +40,9 @@ class Uncertainty(LossBalancer):
         2.0
     """
 
-    linear_in_losses = True
+    # It is linear, but without the mean of the losses over the ranks `log_variance` would have another gradient on each
+    # rank, and in a loop of one's own it is in no DDP module.
+    linear_in_losses = False
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, check_choice
 from lightning_mtl.engine.compiled import check_not_siblings
 from lightning_mtl.engine.deposit import deposit
-from lightning_mtl.engine.gather import RowExchange, mean_over_ranks, parts_gram, sum_gram
+from lightning_mtl.engine.gather import RowExchange, mean_over_ranks, parts_gram, sum_gram, world_size
 from lightning_mtl.engine.rows import (
     Grads,
     HeadGrads,
@@ -55,14 +55,16 @@ def balanced_loss(
     Raises: ``ValueError`` if the level is unknown or does not fit the step.
     """
     check_choice(level, LEVELS, "level", "lightning_mtl")
-    if not any(loss.requires_grad for loss in step.losses):
+    # Where this rank has no loss another may have one, and waits.
+    waited_for = world_size() > 1 and isinstance(balancer, GramBalancer) and torch.is_grad_enabled()
+    if not waited_for and not any(loss.requires_grad for loss in step.losses):
         return _stacked(step.losses).sum()
     if isinstance(balancer, LossBalancer):
         return _objective(step, balancer, tuple(names), report)
     assert isinstance(balancer, GramBalancer)
-    check_not_siblings(list(step.losses), balancer)
+    check_not_siblings(step, balancer)
     if not step.shared and not step.shared_heads:
-        return _stacked(step.losses).sum()
+        return _plain_sum(step)
     if level == "features":
         step = replace(step, private=[*step.shared_heads, *step.private], shared_heads=[])
         _check_features(step)
@@ -72,6 +74,18 @@ def balanced_loss(
 def _stacked(losses: Sequence[Tensor]) -> Tensor:
     """The losses as ``[T]``, in float32 or better: sums and weights are not taken in half precision."""
     return torch.stack([loss if loss.dtype == torch.float64 else loss.float() for loss in losses])
+
+
+def _plain_sum(step: Step) -> Tensor:
+    """Nothing is shared. Under a process group every parameter still gets a gradient, for which DDP waits."""
+    total = _stacked(step.losses).sum()
+    if world_size() == 1 or not step.private:
+        return total
+
+    def solve(scale: Tensor) -> Grads:
+        return grad_of(step.losses, step.private, [scale.to(loss) for loss in step.losses], keep=False)
+
+    return deposit(total.detach(), step.private, solve)
 
 
 def _objective(step: Step, balancer: LossBalancer, names: tuple[str, ...], report: Report | None) -> Tensor:

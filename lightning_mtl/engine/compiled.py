@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.checks import bad_argument
+from lightning_mtl.types import Step
 
 _TAG = "-several-backwards"
 
@@ -38,15 +39,22 @@ def is_compiled(tensor: Tensor) -> bool:
     return "CompiledFunction" in type(tensor.grad_fn).__name__
 
 
-def check_not_siblings(losses: list[Tensor], owner: object) -> None:
-    """Refuse losses that are outputs of one compiled graph: their gradients cannot be told apart."""
-    nodes = [loss.grad_fn for loss in losses if is_compiled(loss)]
-    if len(nodes) > len(set(nodes)):
-        raise bad_argument(
-            owner,
-            "losses",
-            "come from graphs that can be told apart",
-            "several losses from one compiled graph",
-            "Compile the encoder and the heads instead of the whole module, or write "
-            "`z = lightning_mtl.boundary(encoder(x))` between them",
-        )
+def check_not_siblings(step: Step, owner: object) -> None:
+    """Refuse losses that one compiled graph computes without a cut at the features: who is shared cannot be told.
+
+    One graph over the heads alone is fine: it is differentiated once per task, from the losses to the features.
+    """
+    nodes = [loss.grad_fn for loss in step.losses if is_compiled(loss)]
+    if len(nodes) == len(set(nodes)) or step.leaves is not None:
+        return
+    roots = [root for task in step.roots or [] for root in task]
+    if step.roots is not None and all(isinstance(root, Tensor) and root.grad_fn not in nodes for root in roots):
+        return
+    raise bad_argument(
+        owner,
+        "losses",
+        "come from graphs that can be told apart",
+        "several losses from one compiled graph",
+        "Compile the encoder and the heads instead of the whole module, or write "
+        "`z = lightning_mtl.boundary(encoder(x))` between them and pass features=z",
+    )

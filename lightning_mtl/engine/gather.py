@@ -12,6 +12,10 @@ from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.linalg import gram_of_parts
 
 
+# Renamed in torch 2.13.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+
 def world_size() -> int:
     """Number of processes that average their gradients; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -89,8 +93,8 @@ class RowExchange:
     def send(self, task: int) -> None:
         """The row of this task is filled."""
         if self._slices is not None:
-            work = dist.reduce_scatter_tensor(self._slices[task], self.rows[task], async_op=True)
-            self._work.append(work)
+            assert _reduce_scatter is not None
+            self._work.append(_reduce_scatter(self._slices[task], self.rows[task], async_op=True))
 
     def wait(self) -> None:
         """Until every row that was sent has been summed."""
