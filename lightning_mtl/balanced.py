@@ -15,11 +15,12 @@ from lightning_mtl.checks import bad_argument, carried, check_choice, check_task
 from lightning_mtl.engine import (
     allow_several_backwards,
     balanced_loss,
+    on_host,
     rescale_to_global,
     tensors_of,
     world_size,
 )
-from lightning_mtl.engine.balanced import LEVELS
+from lightning_mtl.engine.solver import LEVELS
 from lightning_mtl.ownership import Owned, behind_features, in_graph, last_layer
 from lightning_mtl.trainer_checks import check_balancer_is_optimized, check_trainer
 from lightning_mtl.types import Balance, Root, Step
@@ -32,6 +33,7 @@ else:
     _Base = object
 
 _Made = TypeVar("_Made")
+_CHECKPOINT_KEY = "lightning_mtl_tasks"
 
 
 class Balanced(_Base):
@@ -74,6 +76,19 @@ class Balanced(_Base):
 
     last_balance: Balance | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = [base.__name__ for base in cls.__mro__]
+        if "LightningModule" in order and order.index("LightningModule") < order.index("Balanced"):
+            raise bad_argument(
+                cls.__name__,
+                "bases",
+                "name Balanced before the LightningModule",
+                listed(base.__name__ for base in cls.__bases__),
+                f"Write class {cls.__name__}(Balanced, LightningModule)",
+                TypeError,
+            )
+
     def __init__(
         self,
         *args: Any,
@@ -85,6 +100,15 @@ class Balanced(_Base):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if hasattr(type(self), "balancer"):
+            raise bad_argument(
+                self,
+                "balancer",
+                "be an argument of super().__init__(), because it is built for the tasks",
+                "a class attribute",
+                'Remove it and write super().__init__(tasks=[...], balancer="...")',
+                TypeError,
+            )
         names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else ()
         if not names or not all(carried(name) for name in names) or len(set(names)) != len(names):
             raise bad_argument(
@@ -104,6 +128,7 @@ class Balanced(_Base):
         object.__setattr__(self, "last_layer", last_layer)
         self.last_balance = None
         self._memory: dict[str, Any] = {}
+        self._met: list[Tensor] = []
 
     @torch.compiler.disable
     def balance(
@@ -129,16 +154,17 @@ class Balanced(_Base):
         device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), self.device)
         counts: list[Tensor | int] = [1] * len(self.task_names)
         values: list[Tensor] = []
+        known = on_host(labelled or {})
         for index, name in enumerate(self.task_names):
             loss = losses[name]
-            if loss is None:
+            if loss is None or known.get(name, 1) == 0:
+                # Not the loss itself: the mean of nothing is NaN.
                 counts[index] = 0
                 values.append(self._absent_loss(device))
                 continue
             check_task_loss(loss, name, self)
             values.append(loss)
-            if labelled is not None and name in labelled:
-                counts[index] = labelled[name]
+            counts[index] = known.get(name, 1)
         partial = labelled is not None or world_size() > 1 or any(loss is None for loss in losses.values())
         present = None
         if partial:
@@ -168,7 +194,7 @@ class Balanced(_Base):
         if stage != "fit":
             return
         several = isinstance(self.balancer, GramBalancer)
-        check_trainer(self.trainer, self, takes_rows=several and self.level == "parameters")
+        check_trainer(self.trainer, self, compares_gradients=several)
         if several:
             allow_several_backwards()
             # Its buffers stay on the CPU, equal on all ranks by construction: nothing for DDP to broadcast.
@@ -186,6 +212,24 @@ class Balanced(_Base):
         """Look again at what belongs to whom: parameters may have come or gone."""
         super().on_train_epoch_start()
         self._memory.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down the order of the tasks, in which the balancer's state stands."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_CHECKPOINT_KEY] = list(self.task_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other tasks, or of the same in another order."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get(_CHECKPOINT_KEY, list(self.task_names))
+        if saved != list(self.task_names):
+            raise bad_argument(
+                self,
+                "tasks",
+                f"be those of the checkpoint, {saved}, in this order, because the balancer's state is per task",
+                list(self.task_names),
+                "Declare the tasks in the saved order",
+            )
 
     def configure_callbacks(self) -> list[Any]:
         """Log the balance, unless the Trainer already has a monitor."""
@@ -243,12 +287,12 @@ class Balanced(_Base):
             return Step(losses, [], [], [], None, present=present)
         own = self.own_parameters()
         if features is None:
-            owned = in_graph(losses, self, own)
+            owned = in_graph(losses, self, own, self._met)
+            self._met = owned.shared
         else:
-            roots = list({id(tensor): tensor for tensor in tensors_of(features)}.values())
-            # Walked again only when what trains has changed.
-            key = f"behind {hash(tuple(id(parameter) for parameter in own))}"
-            shared, private = self._remembered(key, lambda: behind_features(roots, losses, self, own))
+            roots = tensors_of(features)
+            # In every step: another step may take another way through the model.
+            shared, private = behind_features(roots, losses, self, own)
             owned = Owned(shared, [], private, [], list(roots))
         return self._step(losses, owned, present, [owned.roots] * len(losses) if owned.roots else None)
 

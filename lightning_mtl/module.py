@@ -20,7 +20,7 @@ from lightning_mtl.engine import leaves_per_head, reached, rescale_to_global, te
 from lightning_mtl.engine.gather import mean_over_ranks, world_size
 from lightning_mtl.metrics.total_loss import TotalLoss
 from lightning_mtl.ownership import Owned, declared
-from lightning_mtl.tasks import Task, TaskRegistry
+from lightning_mtl.tasks import LabelTask, Task, TaskRegistry
 from lightning_mtl.types import Step
 
 OptimizerFn = Callable[[Iterable], Optimizer]
@@ -131,8 +131,10 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 self, "last_layer", "be a module inside the encoder", repr(last_layer), "Pass it or its name"
             )
         object.__setattr__(self, "last_layer", last_layer)
-        plain = balancer if isinstance(balancer, str | dict) else None
-        self.save_hyperparameters({"level": level} | ({"balancer": plain} if plain else {}))
+        if type(self) is MultiTaskModule:
+            # A subclass has arguments of its own, and says itself which to save.
+            plain = {"balancer": balancer} if isinstance(balancer, str | dict) else {}
+            self.save_hyperparameters({"level": level} | plain)
 
     def forward(self, inputs: Any) -> dict[str, Any]:
         """The output of every head: inputs of ``B`` samples -> task name -> output."""
@@ -215,13 +217,23 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 "Remove detach() or no_grad() from it, or freeze it with requires_grad_(False)",
             )
         copies = leaves_per_head(features, len(group.names)) if cut else [features] * len(group.names)
-        results = {}
+        results: dict[str, _TaskResult] = {}
+        leaf_lists = {id(copy): tensors_of(copy) for copy in copies} if cut else {}
+        common: dict[int, tuple[Any, Any]] = {}
         for name, copy in zip(group.names, copies, strict=True):
             task = self.tasks[name]
-            output = task(copy)
+            if isinstance(task, LabelTask):
+                # The head that several labels share runs once.
+                copy, every = common.setdefault(id(task.head), (copy, None))
+                if every is None:
+                    every = task.head(copy)
+                    common[id(task.head)] = copy, every
+                output = task.column_of(every)
+            else:
+                output = task(copy)
             target, mask = task.pick(group.targets, group.inputs, name)
             loss, count = task.mean_loss(output, target, name, mask)
-            leaves = tensors_of(copy) if cut else None
+            leaves = leaf_lists.get(id(copy))
             if torch.is_grad_enabled() and not loss.requires_grad and _trains(task, copy):
                 raise bad_argument(
                     task,
@@ -231,7 +243,24 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                     "Remove detach(), no_grad() or rounding from the head and the loss",
                 )
             results[name] = _TaskResult(loss, count, output, target, mask, roots, leaves)
+        if cut:
+            self._check_only_features(results)
         return results
+
+    def _check_only_features(self, results: dict[str, _TaskResult]) -> None:
+        """The graph is cut at the features, so a loss that reaches the encoder by another way would lose gradient."""
+        owned = self._owned()
+        encoder = {id(p) for p in owned.shared} - {id(p) for p in owned.tied}
+        beside = [leaf for leaf in reached([result.loss for result in results.values()], self) if id(leaf) in encoder]
+        if beside:
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            raise bad_argument(
+                self,
+                "encoder",
+                "return everything that heads and losses read of it",
+                f"losses that also reach {listed(names[id(p)] for p in beside[:3])} beside the features",
+                "Return these tensors as features too, or use Balanced without features=",
+            )
 
     def _global_losses(self, results: dict[str, _TaskResult]) -> tuple[list[Tensor], Tensor | None]:
         """Per task the mean over the global batch's labelled samples, and who is present; ``None``: everybody."""

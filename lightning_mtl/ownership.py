@@ -83,12 +83,21 @@ def behind_features(
     return [p for p in own if id(p) in behind], [p for p in own if id(p) not in behind]
 
 
-def in_graph(losses: Sequence[Tensor], model: nn.Module, own: Sequence[Tensor]) -> Owned:
-    """Who is shared in this step's graph: what at least two losses reach, on any rank."""
+def in_graph(losses: Sequence[Tensor], model: nn.Module, own: Sequence[Tensor], met: Sequence[Tensor] = ()) -> Owned:
+    """Who is shared: what at least two losses reach in this step's graph, on any rank, or did in an earlier one.
+
+    Args:
+        losses: ``T`` scalars; those of absent tasks have no graph.
+        model: whom an error names.
+        own: the parameters in question.
+        met: those found shared before; they stay so in a batch in which only one of their tasks has labels.
+    """
     found = discover([loss for loss in losses if loss.requires_grad], model)
     here = {id(parameter) for parameter in found.shared}
+    before = {id(parameter) for parameter in met}
     mine = [id(parameter) in here for parameter in own]
-    flags = union_over_ranks([*mine, *(not flag for flag in mine), not found.edges], losses[0].device)
+    wanted = [flag or id(parameter) in before for flag, parameter in zip(mine, own, strict=True)]
+    flags = union_over_ranks([*wanted, *(not flag for flag in mine), not found.edges], losses[0].device)
     some, not_all, cut_fails = flags[: len(own)], flags[len(own) : -1], flags[-1]
     shared = [parameter for parameter, flag in zip(own, some, strict=True) if flag]
     # What only other ranks share (a task has no labels here) does not lie behind this rank's edges; and all ranks

@@ -11,15 +11,15 @@ from torch import nn
 from lightning_mtl.checks import bad_argument, listed
 
 
-def check_trainer(trainer: Any, owner: object, *, takes_rows: bool) -> None:
+def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> None:
     """Refuse what would fail later or, worse, train wrongly.
 
     Args:
         trainer: the Trainer about to fit.
         owner: whom an error names.
-        takes_rows: whether rows are taken at the parameters, which sharded ones do not offer.
+        compares_gradients: whether the balancer needs task gradients, which sharded parameters do not offer.
 
-    Raises: ``ValueError`` for DeepSpeed, for sharded parameters with ``takes_rows``, and for DDP's static_graph
+    Raises: ``ValueError`` for DeepSpeed, for sharded parameters with ``compares_gradients``, and for DDP's static_graph
     together with gradient accumulation.
     """
     strategy = trainer.strategy
@@ -32,13 +32,13 @@ def check_trainer(trainer: Any, owner: object, *, takes_rows: bool) -> None:
             "DeepSpeed, which partitions them in hooks of its own",
             'Use strategy="ddp"',
         )
-    if takes_rows and names & {"FSDPStrategy", "ModelParallelStrategy"}:
+    if compares_gradients and names & {"FSDPStrategy", "ModelParallelStrategy"}:
         raise bad_argument(
             owner,
-            "level",
-            'be "features" where parameters are sharded',
-            f"'parameters' under {type(strategy).__name__}",
-            'Pass level="features", or use strategy="ddp"',
+            "balancer",
+            "be a loss balancer where parameters are sharded: their gradients appear in hooks of FSDP's own",
+            f"one that compares gradients, under {type(strategy).__name__}",
+            'Use strategy="ddp", or a loss balancer such as "uncertainty"',
         )
     static = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
     most = max([trainer.accumulate_grad_batches, *_scheduled(trainer)])

@@ -219,7 +219,7 @@ AT_ONCE = params(
      lambda: PCGrad(2).combine(torch.ones(2), torch.ones(2))),
     ("presence as numbers", ValueError, "`present` must be a bool tensor",
      lambda: PCGrad(2)(torch.eye(2), torch.ones(2), torch.ones(2))),
-    ("negative loss of GradNorm", ValueError, "`losses` must be positive after the offset",
+    ("negative loss of GradNorm", ValueError, "`losses` must be >= 0 after the offset",
      lambda: GradNorm(2)(torch.eye(2), torch.tensor([1.0, -1.0]))),
     # The module.
     ("encoder that is a function", TypeError, "`encoder` must be an nn.Module",
@@ -236,9 +236,9 @@ AT_ONCE = params(
     ("last layer that is a number", TypeError, "`last_layer` must be a module, got 3",
      lambda: Written(last_layer=3)),
     # Trainer and strategy.
-    ("FSDP at level parameters", ValueError, '`level` must be "features" where parameters are sharded',
+    ("FSDP with a gradient balancer", ValueError, "be a loss balancer where parameters are sharded",
      lambda: set_up(module("pcgrad"), strategy=FSDPStrategy("cpu"))),
-    ("model parallel at level parameters", ValueError, "got 'parameters' under ModelParallelStrategy",
+    ("model parallel with a gradient balancer", ValueError, "under ModelParallelStrategy",
      lambda: set_up(module("pcgrad"), strategy=ModelParallelStrategy(1, 1, process_group_backend="gloo"))),
     ("static graph with accumulation", ValueError, "DDPStrategy(static_graph=True)",
      lambda: set_up(module(), strategy=DDPStrategy(static_graph=True), accumulate_grad_batches=2)),
@@ -294,8 +294,8 @@ AT_FIT_START = params(
     ("DeepSpeed", ValueError, "got DeepSpeed", lambda: (module(), {"strategy": DeepSpeedStrategy("cpu")})),
     ("DeepSpeed for Balanced", ValueError, "got DeepSpeed", lambda: (
         Written(), {"strategy": DeepSpeedStrategy("cpu")})),
-    ("FSDP at level parameters", ValueError, 'Pass level="features"', lambda: (
-        module("gradnorm"), {"strategy": FSDPStrategy("cpu")})),
+    ("FSDP with a gradient balancer", ValueError, "under FSDPStrategy", lambda: (
+        module("gradnorm", level="features"), {"strategy": FSDPStrategy("cpu")})),
     ("balancer in no parameter group", ValueError, 'Add {"params": self.balancer.parameters()', lambda: (
         Forgetful(mlp(), three_tasks(), "uncertainty"), {})),
     ("balancer of Balanced in no parameter group", ValueError, "none for 'log_variance' of Uncertainty", lambda: (
@@ -436,6 +436,12 @@ AT_FIRST_BATCH = params(
      lambda: one(ClassificationTask(head(3), 3))),
     ("wrong number of classes", ValueError, "`output of 'a'` must have shape [B, C, ...] with C = 4, got [8, 3]",
      lambda: one(ClassificationTask(head(3), 4), TARGETS["kind"])),
+    ("classes numbered from 1", ValueError, "hold class numbers from 0 to 2, or -100 where there is no label, got [3]",
+     lambda: one(ClassificationTask(head(3), 3), TARGETS["kind"] + 1)),
+    ("another mark of a gap", ValueError, "got [-1]",
+     lambda: one(ClassificationTask(head(3), 3), TARGETS["kind"].where(SIZE > 0, -1))),
+    ("yes and no as 1 and -1", ValueError, "`target of 'a'` must lie in [0, 1]",
+     lambda: one(MultiLabelTask(head(2), 2), TARGETS["shape"].sign())),
     ("one-hot classes", ValueError, "`target of 'a'` must have shape [8], got [8, 3]",
      lambda: one(ClassificationTask(head(3), 3), F.one_hot(TARGETS["kind"], 3))),
     ("wrong number of labels", ValueError, "`output of 'a'` must have shape [B, K] with K = 3, got [8, 2]",
@@ -531,6 +537,92 @@ def test_several_evaluation_loaders_are_refused():
     with pytest.raises(ValueError, match="2 loaders") as caught:
         trainer().validate(module(), [loader(), loader()], verbose=False)
     check(caught.value, ValueError, "`val_dataloaders` must be one loader, or one per task")
+
+
+# --- What looks alike and is sound -----------------------------------------------------------------------------------
+
+# GradNorm's weights are 1 in its first step: its gradients must be those of the plain sum.
+EVEN = {"class_path": "gradnorm", "init_args": {"norms_at": "shared"}}
+
+
+def frozen(model: Written) -> Written:
+    model.encoder.requires_grad_(False)
+    return model
+
+
+def given(features: Callable[[Tensor], Any], **options: Any) -> Callable[..., Any]:
+    """Balanced, with the features put like this."""
+
+    def step(self: Written, x: Tensor) -> Tensor:
+        z = self.encoder(x)
+        return self.balance(self.losses(z), features=features(z))
+
+    return lambda balancer: written(step, balancer=balancer, **options)
+
+
+def skipping(self: Written, x: Tensor) -> Tensor:
+    """A skip connection past the features: without them the way is found."""
+    hidden = self.encoder[1](self.encoder[0](x))
+    z = self.encoder[2](hidden)
+    return self.balance({"a": self.a(z + hidden[:, :WIDTH]).square().mean(), "b": self.b(z).square().mean()})
+
+
+def some_labels(self: Written, x: Tensor) -> Tensor:
+    return self.balance(self.losses(self.encoder(x)) | {"b": None})
+
+
+class Tied(nn.Module):
+    """Gives the input back through the weights that made the features."""
+
+    def __init__(self, encoder: nn.Linear) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ self.encoder.weight
+
+
+def tied(balancer: Any, **options: Any) -> tuple[MultiTaskModule, Any]:
+    encoder = nn.Linear(8, WIDTH)
+    tasks = {"size": size_task(), "back": ReconstructionTask(Tied(encoder))}
+    return multi(tasks, balancer, encoder, **options), (X, {"size": SIZE})
+
+
+SOUND = {
+    "features twice": given(lambda z: (z, z)),
+    "features twice at level features": given(lambda z: {"a": z, "b": [z]}, level="features"),
+    "features with others that carry no gradient": given(lambda z: (z, X)),
+    "a checkpoint that is not reentrant": lambda balancer: written(
+        lambda self, x: self.balance(self.losses(checkpoint(self.encoder, x, use_reentrant=False))), balancer=balancer
+    ),
+    "a reentrant checkpoint at level features": lambda balancer: whole(
+        (X, TARGETS), balancer=balancer, encoder=Checkpointed(), level="features"
+    ),
+    "a frozen encoder": lambda balancer: (frozen(given(lambda z: z)(balancer)[0]), (X, TARGETS)),
+    "a skip connection": lambda balancer: written(skipping, balancer=balancer),
+    "a task without labels": lambda balancer: written(some_labels, balancer=balancer),
+    "tied weights": tied,
+    "tied weights at level features": lambda balancer: tied(balancer, level="features"),
+}
+
+
+def gradients(make: Callable[[Any], tuple[Any, Any]], balancer: Any) -> dict[str, Tensor | None]:
+    torch.manual_seed(0)
+    model, batch = make(balancer)
+    model.training_step(batch, 0).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_is_sound_is_not_refused(name):
+    even, plain = gradients(SOUND[name], EVEN), gradients(SOUND[name], "fixed")
+    assert even.keys() == plain.keys()
+    assert any(grad is not None for grad in plain.values())
+    for parameter, grad in plain.items():
+        if grad is None:
+            assert even[parameter] is None
+        else:
+            torch.testing.assert_close(even[parameter], grad, msg=parameter)
 
 
 def test_there_are_enough_cases():

@@ -190,7 +190,8 @@ class GramBalancer(Balancer):
         every_n_steps: solve in every n-th step only and reuse the weights in between; a step without a solve
             costs one ordinary backward. Overflows are noticed in steps with a solve only.
 
-    State: ``step`` (counts finite steps; a skipped step does not count) and ``last_weights`` ``[T]``.
+    State: ``step`` counts backwards (with accumulation several per optimizer step); one whose gram is not finite does
+    not count, unless it was to reuse its weights and had no gram. ``last_weights`` ``[T]``.
     Raises: ``ValueError`` if ``every_n_steps`` is not an integer >= 1.
     """
 

@@ -22,7 +22,7 @@ class Fixed(LossBalancer):
         weights: a mapping of task names to weights (a task left out keeps 1), a sequence of ``T`` weights in
             task order, or ``None`` for 1 each. Weights may be 0 or negative, not NaN or infinite.
 
-    Shapes: losses ``[T]`` -> objective ``[]``. State: ``task_weights`` ``[T]``, a buffer.
+    Shapes: losses ``[T]`` -> objective ``[]``. State: none.
     Update: sum scale; heads are weighted.
     Raises: ``ValueError`` if a name is not a task, if there are not ``T`` weights, or if one is not finite.
 
@@ -39,7 +39,8 @@ class Fixed(LossBalancer):
     def __init__(self, num_tasks: int, weights: Mapping[str, float] | Sequence[float] | None = None) -> None:
         super().__init__(num_tasks)
         self._given = dict(weights) if isinstance(weights, Mapping) else weights
-        self.register_buffer("task_weights", self._resolve())
+        # A setting, not state: a checkpoint must not bring an old one back.
+        self.register_buffer("task_weights", self._resolve(), persistent=False)
 
     def bind(self, names: Sequence[str]) -> None:
         super().bind(names)

@@ -41,7 +41,8 @@ class GradNorm(GramBalancer):
     ``updates``, all ``[T]``.
     Update: the weights sum to ``T``, so it has sum scale; scale-free; heads keep their own gradient unless the
     module has ``weight_heads=True``. The weights used in a step are those from before it, as in algorithm 1.
-    Raises: ``ValueError`` if an argument is out of range, or in training if a loss minus its offset is not positive.
+    Raises: ``ValueError`` if an argument is out of range, or in training if a loss is
+    below its offset, or not above it in the task's first step.
     Paper: Chen et al., ICML 2018, arXiv:1711.02257, section 3 and algorithm 1. Departures: the gradient is divided
     by the mean norm, so that Adam's epsilon has no unit; weights are kept >= 0.
 
@@ -121,24 +122,25 @@ class GradNorm(GramBalancer):
         norms = gram.diagonal().clamp(min=0).sqrt()
         ratios = self._ratios(losses, tasks)
         weighted = used * norms
-        target = weighted.mean() * (ratios / ratios.mean()) ** self.alpha
-        if float(norms.mean()) > 0:
+        if float(norms.mean()) > 0 and float(ratios.mean()) > 0:
+            target = weighted.mean() * (ratios / ratios.mean()) ** self.alpha
             self._descend(torch.sign(weighted - target) * norms / norms.mean(), tasks)
         return used
 
     def _ratios(self, losses: Tensor, tasks: Tasks) -> Tensor:
         losses = losses - self.loss_offset[tasks]
-        if not bool((losses > 0).all()):
+        initial = self.initial_losses[tasks] - self.loss_offset[tasks]
+        initial = torch.where(initial.isnan(), losses, initial)
+        if not bool((losses >= 0).all() & (initial > 0).all()):
             raise bad_argument(
                 self,
                 "losses",
-                "be positive after the offset, because the method compares their ratios",
+                "be >= 0 after the offset, and > 0 in a task's first step, because the method compares their ratios",
                 losses.tolist(),
-                "Pass loss_offset= with a lower bound of the losses",
+                "Pass loss_offset= with a lower bound of the losses, or initial_losses=",
             )
-        initial = self.initial_losses[tasks] - self.loss_offset[tasks]
-        self.initial_losses[tasks] = torch.where(initial.isnan(), losses, initial) + self.loss_offset[tasks]
-        return losses / torch.where(initial.isnan(), losses, initial)
+        self.initial_losses[tasks] = initial + self.loss_offset[tasks]
+        return losses / initial
 
     def _descend(self, gradient: Tensor, tasks: Tasks) -> None:
         """One Adam step of the present tasks' weights, which keep their sum: absent tasks keep theirs."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mtl.balancers.base import Balancer
+from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed
 
 #: What users may pass as ``balancer=``.
@@ -92,6 +92,15 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
             "be a name, a mapping with class_path, a Balancer or a callable that makes one",
             repr(balancer) if isinstance(balancer, type) else type(balancer).__name__,
             f"Choose one of {listed(available())}",
+            TypeError,
+        )
+    if not isinstance(balancer, LossBalancer | GramBalancer):
+        raise bad_argument(
+            "balancer",
+            "balancer",
+            "be a LossBalancer or a GramBalancer, the families that the engine knows",
+            type(balancer).__name__,
+            "Inherit from one of them",
             TypeError,
         )
     balancer.bind(names)

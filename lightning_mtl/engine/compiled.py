@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,18 @@ def several_backwards_allowed() -> bool:
 def is_compiled(tensor: Tensor) -> bool:
     """Whether the tensor is a direct output of a compiled graph."""
     return "CompiledFunction" in type(tensor.grad_fn).__name__
+
+
+def check_several_backwards(ends: Sequence[object], owner: object) -> None:
+    """Refuse a graph that was compiled for one backward: a second one could be silently wrong."""
+    if not several_backwards_allowed() and any(isinstance(end, Tensor) and is_compiled(end) for end in ends):
+        raise bad_argument(
+            owner,
+            "losses",
+            "come from a graph that allows several backwards",
+            "one compiled before allow_several_backwards()",
+            "Call lightning_mtl.allow_several_backwards() before the first forward",
+        )
 
 
 def check_not_siblings(step: Step, owner: object) -> None:

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 
 def tensors_of(features: Any) -> list[Tensor]:
-    """The tensors of a nested structure that carry a gradient, in a fixed order."""
+    """The tensors of a nested structure that carry a gradient, in a fixed order, each once."""
     leaves, _ = tree_flatten(features)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    found = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
+    return list(found.values())
 
 
 @torch.compiler.disable
@@ -22,12 +23,19 @@ def leaves_per_head(features: Any, num_heads: int) -> list[Any]:
     With a leaf per head, one backward over all heads yields every task's feature gradients apart.
     """
 
-    def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.requires_grad:
-            return value.detach().requires_grad_()
-        return value
+    def copy() -> Any:
+        fresh: dict[int, Tensor] = {}
 
-    return [tree_map(leaf, features) for _ in range(num_heads)]
+        def leaf(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                return value
+            if id(value) not in fresh:
+                fresh[id(value)] = value.detach().requires_grad_()
+            return fresh[id(value)]
+
+        return tree_map(leaf, features)
+
+    return [copy() for _ in range(num_heads)]
 
 
 @torch.compiler.disable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.linalg import gram_of_parts
-
 
 # Renamed in torch 2.13.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
@@ -45,6 +44,14 @@ def rescale_to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) 
     dist.all_reduce(total)
     factors = mine * world_size() / total.clamp(min=1)
     return [loss * factor.to(loss.dtype) for loss, factor in zip(losses, factors, strict=True)], total > 0
+
+
+def on_host(counts: Mapping[str, Tensor | int]) -> dict[str, int]:
+    """Label counts as numbers, in one transfer."""
+    if not counts:
+        return {}
+    values = torch.stack([torch.as_tensor(count).detach().reshape(()).double() for count in counts.values()])
+    return dict(zip(counts, (int(value) for value in values.tolist()), strict=True))
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -108,11 +115,12 @@ class RowExchange:
         return gram_of(self.rows if self._slices is None else self._slices)
 
 
-def sum_gram(gram: Tensor, losses: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def sum_gram(gram: Tensor, losses: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor]:
     """Finish the gram over the ranks, take the loss scale out, and bring the numbers to the CPU in one transfer.
 
     Shapes: gram float64 ``[T, T]`` of this rank's share, losses ``[T]``, scale ``[]`` (the factor in the gradients)
-    -> gram float64 ``[T, T]`` of the mean rows and losses float64 ``[T]``, both on the CPU.
+    -> gram float64 ``[T, T]`` of the mean rows and losses float64 ``[T]``, both on the CPU. With
+    a scale of 0 (a loss that is ramped up) there is no gradient to compare, and no gram.
     """
     num_tasks, world = len(losses), world_size()
     packed = torch.cat([gram.reshape(-1), losses.detach().to(gram.device, torch.float64)])
@@ -120,7 +128,10 @@ def sum_gram(gram: Tensor, losses: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
         dist.all_reduce(packed)
         packed = torch.cat([packed[: num_tasks**2] / world**2, packed[num_tasks**2 :] / world])
     packed = torch.cat([packed, scale.detach().reshape(1).to(packed)]).cpu()
-    return packed[: num_tasks**2].view(num_tasks, num_tasks) / packed[-1] ** 2, packed[num_tasks**2 : -1]
+    losses = packed[num_tasks**2 : -1]
+    if float(packed[-1]) == 0:
+        return None, losses
+    return packed[: num_tasks**2].view(num_tasks, num_tasks) / packed[-1] ** 2, losses
 
 
 def parts_gram(parts: Sequence[Sequence[Tensor]], *, disjoint: bool) -> Tensor:

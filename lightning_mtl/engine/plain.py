@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,22 +11,23 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import Balancer, LossBalancer
 from lightning_mtl.checks import bad_argument, check_task_loss, listed
-from lightning_mtl.engine.balanced import balanced_loss
-from lightning_mtl.engine.compiled import is_compiled, several_backwards_allowed
 from lightning_mtl.engine.cut import tensors_of
+from lightning_mtl.engine.gather import on_host, rescale_to_global
 from lightning_mtl.engine.shared import discover, distinct, reached, reached_beside
+from lightning_mtl.engine.solver import balanced_loss
 from lightning_mtl.types import Balance, Step
 
 _WHO = "lightning_mtl.backward"
 
 
 def backward(
-    losses: Mapping[str, Tensor],
+    losses: Mapping[str, Tensor | None],
     balancer: Balancer,
     features: Any = None,
     shared: Iterable[Tensor] | None = None,
     level: str = "parameters",
     *,
+    labelled: Mapping[str, Tensor | int] | None = None,
     weight_heads: bool = False,
     last_layer: Iterable[Tensor] | None = None,
     backward_fn: Callable[[Tensor], Any] | None = None,
@@ -33,11 +35,14 @@ def backward(
     """Add balanced gradients to ``.grad``, as ``sum(losses).backward()`` would add plain ones.
 
     Args:
-        losses: task name -> scalar, always in the same order; ``T`` entries.
+        losses: task name -> scalar, always in the same order; ``T`` entries. ``None`` for a task without any label in
+            this batch; with several processes then pass ``labelled`` on all of them, and ``features`` or ``shared``.
         balancer: built once, before the loop; its parameters, if any, belong into the optimizer.
         features: the tensors that all heads read, in any nested structure; what lies behind them is shared.
         shared: the shared parameters; without it and ``features`` those that at least two losses reach.
         level: "parameters" (exact) or "features" (rows are gradients at the features, which must be given).
+        labelled: task name -> number of labelled samples that this process's loss is the mean of; the loss then is the
+            mean over the labelled samples of all processes.
         weight_heads: whether the weights apply to private parameters too.
         last_layer: parameters of the last shared layer, for a balancer that takes its gram there.
         backward_fn: called with the balanced loss in place of ``loss.backward()``: ``fabric.backward``, or
@@ -73,26 +78,40 @@ def backward(
         raise bad_argument(_WHO, "losses", f"hold {expected} in this order", listed(names), "Pass one loss per task")
     if balancer.names is None:
         balancer.bind(names)
-    for name, loss in losses.items():
-        check_task_loss(loss, name, _WHO)
-    values = list(losses.values())
+    values, present = _global(losses, labelled or {})
     several = not isinstance(balancer, LossBalancer)
-    if several and not several_backwards_allowed() and any(is_compiled(t) for t in [*values, *tensors_of(features)]):
-        raise bad_argument(
-            _WHO,
-            "losses",
-            "come from a graph that allows several backwards",
-            "one compiled before allow_several_backwards()",
-            "Call lightning_mtl.allow_several_backwards() before the first forward",
-        )
     done: list[Balance] = []
-    step = _step(values, features, shared, last_layer) if several else Step(values, [], [], [], None)
+    step = Step(values, [], [], [], None)
+    if several:
+        step = _step([loss for loss in values if loss.requires_grad], features, shared, last_layer)
+        roots = [step.roots[0]] * len(values) if step.roots else None
+        step = replace(step, losses=values, roots=roots)
+    step = replace(step, present=present)
     loss = balanced_loss(step, balancer, names, level=level, weight_heads=weight_heads, report=done.append)
     (backward_fn or torch.Tensor.backward)(loss)
     if done:
         return done[0]
     # Nothing is shared (a frozen encoder): every task went backward with weight 1.
-    return Balance(tuple(names), torch.stack([loss.detach() for loss in values]), torch.ones(len(names)))
+    return Balance(tuple(names), torch.stack([loss.detach() for loss in values]), torch.ones(len(names)), None, present)
+
+
+def _global(
+    losses: Mapping[str, Tensor | None], labelled: Mapping[str, Tensor | int]
+) -> tuple[list[Tensor], Tensor | None]:
+    """The losses as shares of the mean over all ranks' labelled samples, and who is present."""
+    device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
+    known = on_host(labelled)
+    values: list[Tensor] = []
+    counts: list[Tensor | int] = []
+    for name, loss in losses.items():
+        absent = loss is None or known.get(name, 1) == 0
+        if not absent:
+            check_task_loss(loss, name, _WHO)
+        values.append(torch.zeros((), device=device) if absent or loss is None else loss)
+        counts.append(0 if absent else known.get(name, 1))
+    if labelled or any(loss is None for loss in losses.values()):
+        return rescale_to_global(values, counts)
+    return values, None
 
 
 def _step(

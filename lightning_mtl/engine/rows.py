@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any, cast
 
@@ -45,7 +46,8 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
     assert roots is not None
     seeds = [scale.to(loss) for loss in step.losses]
     width = [len(root) for root in roots]
-    if step.leaves is not None and not apart and not step.shared_heads:
+    own_leaves = step.leaves is not None and len({id(leaves) for leaves in step.leaves}) == len(step.leaves)
+    if own_leaves and not apart and not step.shared_heads:
         inputs = [leaf for leaves in roots for leaf in leaves] + step.private
         grads = grad_of(step.losses, inputs, seeds, keep=False)
         ends = [sum(width[:task]) for task in range(len(width) + 1)]
@@ -109,7 +111,8 @@ def fill(row: Tensor, grads: Sequence[Tensor | None], like: Sequence[Tensor]) ->
         if grad is None:
             view.zero_()
     if pairs:
-        torch._foreach_copy_([view for view, _ in pairs], [grad.reshape(-1) for _, grad in pairs])
+        dense = [grad.to_dense() if grad.is_sparse else grad for _, grad in pairs]
+        torch._foreach_copy_([view for view, _ in pairs], [grad.reshape(-1) for grad in dense])
 
 
 def unflatten(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -145,7 +148,8 @@ def zeros_for(root: Root) -> Tensor:
 
 def _exchange(step: Step) -> RowExchange:
     shared = [*step.shared, *step.shared_heads]
-    return RowExchange(len(step.losses), sum(tensor.numel() for tensor in shared), shared[0])
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in shared))
+    return RowExchange(len(step.losses), sum(tensor.numel() for tensor in shared), shared[0].new_empty(0, dtype=dtype))
 
 
 def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Tensor | None], *, keep: bool) -> Grads:

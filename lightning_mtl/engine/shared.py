@@ -124,6 +124,14 @@ def _walk(roots: Sequence[Node | None], owner: object, stop: Set[Node] = frozens
         if node in seen or node in stop:
             continue
         seen[node] = None
+        if type(node).__name__ == "_DDPSinkBackward":
+            raise bad_argument(
+                owner,
+                "losses",
+                "be computed from outputs whose graphs are apart",
+                "outputs that DDP joined (find_unused_parameters or static_graph)",
+                "Leave both out, or return the losses' inputs as features and pass features=",
+            )
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise bad_argument(
                 owner,

@@ -91,5 +91,15 @@ class ClassificationTask(Task):
     def only_labelled(self, output: Tensor, target: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
         return output.movedim(1, -1)[labelled], target[labelled]
 
+    def _check_values(self, target: Tensor, name: str) -> None:
+        if self._may_look_at(target) and bool(((target < 0) | (target >= self.num_classes)).any()):
+            raise bad_argument(
+                self,
+                f"target of '{name}'",
+                f"hold class numbers from 0 to {self.num_classes - 1}, or {self.missing} where there is no label",
+                sorted(set(target.unique().tolist()) - set(range(self.num_classes)))[:3],
+                "Number the classes from 0, or pass num_classes= or ignore_index=",
+            )
+
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target, reduction="none", label_smoothing=self.label_smoothing)

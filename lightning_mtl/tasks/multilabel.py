@@ -61,17 +61,28 @@ class MultiLabelTask(Task):
 
     def only_labelled(self, output: Tensor, target: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
         # Metrics would take logits for probabilities where all happen to lie in [0, 1].
-        return output[labelled].sigmoid(), target[labelled].long()
+        return output[labelled].sigmoid(), (target[labelled] >= 0.5).long()
 
     def per_label(self, target: str) -> dict[str, Task]:
         """One task per label, all reading this task's head, so that a balancer sees each label's gradient.
 
-        The head's parameters are then shared: they belong to the rows. The head runs once per label.
+        The head's parameters are then shared: they belong to the rows. In training the head runs once per batch.
 
         Args:
             target: key of the target ``[B, K]`` in the batch.
         """
         return {label: LabelTask(self, column, target) for column, label in enumerate(self.labels)}
+
+    def _check_values(self, target: Tensor, name: str) -> None:
+        # -1 for "no" would train without an error.
+        if self._may_look_at(target) and bool(((target < 0) | (target > 1)).any()):
+            raise bad_argument(
+                self,
+                f"target of '{name}'",
+                "lie in [0, 1], or be NaN where a label is missing",
+                f"values from {target.min().item():g} to {target.max().item():g}",
+                "Map no and yes to 0 and 1",
+            )
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")
@@ -94,7 +105,10 @@ class LabelTask(MultiLabelTask):
         self.column, self.num_columns = column, len(all_labels.labels)
 
     def forward(self, features: Any) -> Tensor:
-        output: Tensor = self.head(features)
+        return self.column_of(self.head(features))
+
+    def column_of(self, output: Tensor) -> Tensor:
+        """This label's logits ``[B, 1]`` of the head's output ``[B, K]``."""
         return output[:, self.column : self.column + 1]
 
     def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:

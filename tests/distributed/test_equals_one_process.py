@@ -51,6 +51,7 @@ RUNS = [
     *runs(PARAMETERS[2:], ["all", "single", "late", *LABELS], model="graph"),
     *runs(product(EVERY_2, ["parameters"]), ["single"], model="graph"),
     *runs(PARAMETERS[2:], ["one_rank"], model="graph", ddp="find_unused"),
+    *runs(LOSS_PAIRS, ["one_rank"], model="sharded"),
     # Loops without a Trainer.
     *runs(PAIRS, do="loop"),
     *runs(GRAM_PAIRS, do="loop", accumulate=2, ddp="bucket_view"),

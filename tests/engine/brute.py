@@ -80,7 +80,10 @@ class Brute:
     def combined(self, weights: Sequence[float], weighted: Sequence[str]) -> dict[str, Tensor]:
         """Parameters whose names begin with one of ``weighted`` get the weighted sum, the others the plain one."""
         return {
-            name: sum((w if name.startswith(tuple(weighted)) else 1.0) * grads[name] for w, grads in zip(weights, self.per_task, strict=True))
+            name: sum(
+                (w if name.startswith(tuple(weighted)) else 1.0) * grads[name]
+                for w, grads in zip(weights, self.per_task, strict=True)
+            )
             for name in self.per_task[0]
         }
 

@@ -27,7 +27,9 @@ class Plain(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.trunk = mlp()
-        self.heads = nn.ModuleDict({"kind": nn.Linear(WIDTH, 3), "size": nn.Linear(WIDTH, 1), "shape": nn.Linear(WIDTH, 2)})
+        self.heads = nn.ModuleDict(
+            {"kind": nn.Linear(WIDTH, 3), "size": nn.Linear(WIDTH, 1), "shape": nn.Linear(WIDTH, 2)}
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z = self.trunk(x)
@@ -54,7 +56,9 @@ def expected(model: nn.Module, name: str, balancer: Any, level: str, *, weight_h
     at: Any = [z] if level == "features" else ["trunk.2."] if name == "gradnorm" else ["trunk."]
     brute = Brute.of(copy, list(losses.values()), at)
     everywhere = weight_heads or name not in GRAM_BALANCERS
-    return list(brute.combined(weights_by_hand(name, balancer, brute.rows), [""] if everywhere else ["trunk."]).values())
+    return list(
+        brute.combined(weights_by_hand(name, balancer, brute.rows), [""] if everywhere else ["trunk."]).values()
+    )
 
 
 def grads(model: nn.Module) -> list[Tensor]:

@@ -78,7 +78,10 @@ def check(
     assert model.last_balance is not None
     assert model.last_balance.weights.tolist() == pytest.approx(weights, rel=10 * TOLERANCE[dtype])
     if isinstance(model.balancer, GramBalancer):
-        assert relative_error([model.last_balance.gram], [torch.tensor(brute.gram, dtype=torch.float64)]) <= TOLERANCE[dtype]
+        assert (
+            relative_error([model.last_balance.gram], [torch.tensor(brute.gram, dtype=torch.float64)])
+            <= TOLERANCE[dtype]
+        )
 
 
 @DTYPES
@@ -101,9 +104,7 @@ def test_gradnorm_with_norms_at_all_shared_parameters(name, level):
     batch = cast(net.batch(), torch.float64)
     brute = brute_force(net, model, batch, "other", level)
     model.training_step(batch, 0).backward()
-    assert_close(
-        gradients(model), brute.combined([1.3, 0.4, 1.3], rows_of(net, level)), rows_of(net, level), 1e-12
-    )
+    assert_close(gradients(model), brute.combined([1.3, 0.4, 1.3], rows_of(net, level)), rows_of(net, level), 1e-12)
     assert relative_error([model.last_balance.gram], [torch.tensor(brute.gram, dtype=torch.float64)]) <= 1e-12
 
 

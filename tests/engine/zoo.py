@@ -21,6 +21,10 @@ NAMES = ("kind", "size", "shape")
 ByHand = tuple[list[Tensor], list[Tensor]]
 
 
+def a_batch() -> tuple[Tensor, dict[str, Tensor]]:
+    return samples(12)
+
+
 @dataclass(frozen=True)
 class Net:
     """One network.
@@ -40,7 +44,7 @@ class Net:
     by_hand: Callable[[Any, Any], ByHand]
     shared: tuple[str, ...]
     last: tuple[str, ...]
-    batch: Callable[[], Any] = partial(samples, 12)
+    batch: Callable[[], Any] = a_batch
     levels: tuple[str, ...] = ("parameters", "features")
     shared_heads: tuple[str, ...] = ()
     seed: int = 1

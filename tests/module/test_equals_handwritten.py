@@ -19,7 +19,9 @@ STEPS = 50
 class Rate(Callback):
     """A changing learning rate, so that the order of steps and callbacks shows."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = 0.01 / (1 + 0.02 * trainer.global_step)
 
@@ -54,7 +56,9 @@ RUNS: dict[str, tuple[dict[str, Any], list[Any], int]] = {
 }
 
 
-def trained(model: L.LightningModule, options: dict[str, Any], callbacks: list[Any], batches: int, **data: Any) -> Tensor:
+def trained(
+    model: L.LightningModule, options: dict[str, Any], callbacks: list[Any], batches: int, **data: Any
+) -> Tensor:
     """The parameters after the run, then the buffers of the encoder (batch norm's statistics)."""
     size = data.get("batch_size", 16)
     run = trainer(callbacks=[make() for make in callbacks], **options)

@@ -47,7 +47,9 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01)
 
 
-def run(balancer: Any, level: str, accumulate: int, folder: Path, at: int, resume: Path | None = None) -> MultiTaskModule:
+def run(
+    balancer: Any, level: str, accumulate: int, folder: Path, at: int, resume: Path | None = None
+) -> MultiTaskModule:
     """Three epochs, with a checkpoint at one optimizer step."""
     model = module(balancer, level=level, optimizer=adam, seed=0 if resume is None else 99)
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=at, save_top_k=-1)

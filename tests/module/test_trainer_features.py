@@ -256,7 +256,9 @@ def test_fixed_equals_the_hand_written_module(feature, tmp_path):
 
 
 @EVERY_FEATURE
-@pytest.mark.parametrize("balancer, level", [("uncertainty", "parameters"), ("pcgrad", "parameters"), ("gradnorm", "features")])
+@pytest.mark.parametrize(
+    "balancer, level", [("uncertainty", "parameters"), ("pcgrad", "parameters"), ("gradnorm", "features")]
+)
 def test_the_others_train_and_end_finite(feature, balancer, level, tmp_path):
     models: list[L.LightningModule] = []
 

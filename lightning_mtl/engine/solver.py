@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, check_choice
-from lightning_mtl.engine.compiled import check_not_siblings
+from lightning_mtl.engine.compiled import check_not_siblings, check_several_backwards
 from lightning_mtl.engine.deposit import deposit
 from lightning_mtl.engine.gather import RowExchange, mean_over_ranks, parts_gram, sum_gram, world_size
 from lightning_mtl.engine.rows import (
@@ -63,6 +63,7 @@ def balanced_loss(
         return _objective(step, balancer, tuple(names), report)
     assert isinstance(balancer, GramBalancer)
     check_not_siblings(step, balancer)
+    check_several_backwards([*step.losses, *(root for roots in step.roots or () for root in roots)], balancer)
     if not step.shared and not step.shared_heads:
         return _plain_sum(step)
     if level == "features":
@@ -194,7 +195,7 @@ class _Solver:
             weights = self.balancer.reuse(present)
         else:
             total, losses = sum_gram(gram, losses, scale)
-            weights = self.balancer(total, losses, present)
+            weights = self.balancer.last_weights if total is None else self.balancer(total, losses, present)
         if self.report is not None:
             self.report(Balance(self.names, losses, weights, total, present))
         return cast("list[float]", weights.tolist())
