@@ -438,6 +438,11 @@ AT_FIRST_BATCH = params(
      lambda: one(ClassificationTask(head(3), 4), TARGETS["kind"])),
     ("classes numbered from 1", ValueError, "hold class numbers from 0 to 2, or -100 where there is no label, got [3]",
      lambda: one(ClassificationTask(head(3), 3), TARGETS["kind"] + 1)),
+    ("classes numbered from 1, smoothed", ValueError, "got [3]",
+     lambda: one(ClassificationTask(head(3), 3, label_smoothing=0.1), TARGETS["kind"] + 1)),
+    ("classes numbered from 1, in pixels", ValueError, "got [3]",
+     lambda: one(ClassificationTask(Apart(lambda z: z[:, :, None].expand(8, 3, 4), out=3), 3),
+                 TARGETS["kind"][:, None].expand(8, 4) + 1)),
     ("another mark of a gap", ValueError, "got [-1]",
      lambda: one(ClassificationTask(head(3), 3), TARGETS["kind"].where(SIZE > 0, -1))),
     ("yes and no as 1 and -1", ValueError, "`target of 'a'` must lie in [0, 1]",
@@ -611,6 +616,18 @@ def gradients(make: Callable[[Any], tuple[Any, Any]], balancer: Any) -> dict[str
     model, batch = make(balancer)
     model.training_step(batch, 0).backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_backward_counts_a_feature_once():
+    grads = []
+    for features in (lambda z: z, lambda z: (z, z)):
+        torch.manual_seed(0)
+        encoder, a, b = mlp(), head(), head()
+        z = encoder(X)
+        losses = {"a": a(z).square().mean(), "b": b(z).mean()}
+        lightning_mtl.backward(losses, PCGrad(2), features=features(z))
+        grads.append(encoder[0].weight.grad)
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("name", SOUND)

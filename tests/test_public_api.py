@@ -38,7 +38,7 @@ ARGUMENTS = {
     ),
     "Balanced": "| tasks balancer level weight_heads last_layer",
     "Balanced.balance": "losses features labelled",
-    "backward": "losses balancer features shared level | weight_heads last_layer backward_fn",
+    "backward": "losses balancer features shared level | labelled weight_heads last_layer backward_fn",
     "Task": "head loss metrics | target missing mask",
     "ClassificationTask": "head num_classes metrics | target mask ignore_index label_smoothing",
     "MultiLabelTask": "head num_labels metrics | target mask",

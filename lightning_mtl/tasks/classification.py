@@ -92,14 +92,25 @@ class ClassificationTask(Task):
         return output.movedim(1, -1)[labelled], target[labelled]
 
     def _check_values(self, target: Tensor, name: str) -> None:
-        if self._may_look_at(target) and bool(((target < 0) | (target >= self.num_classes)).any()):
-            raise bad_argument(
-                self,
-                f"target of '{name}'",
-                f"hold class numbers from 0 to {self.num_classes - 1}, or {self.missing} where there is no label",
-                sorted(set(target.unique().tolist()) - set(range(self.num_classes)))[:3],
-                "Number the classes from 0, or pass num_classes= or ignore_index=",
-            )
+        # The CPU's own loss looks at each target. Elsewhere a wrong one may end the process.
+        looks = target.device.type != "cpu" and self._may_look_at(target)
+        if looks and bool(((target < 0) | (target >= self.num_classes)).any()):
+            raise self._bad_classes(target, name)
+
+    def _loss_of(self, output: Any, target: Any, name: str) -> Tensor:
+        try:
+            return super()._loss_of(output, target, name)
+        except IndexError as error:
+            raise self._bad_classes(target, name) from error
+
+    def _bad_classes(self, target: Tensor, name: str) -> Exception:
+        return bad_argument(
+            self,
+            f"target of '{name}'",
+            f"hold class numbers from 0 to {self.num_classes - 1}, or {self.missing} where there is no label",
+            sorted(set(target.unique().tolist()) - set(range(self.num_classes)))[:3],
+            "Number the classes from 0, or pass num_classes= or ignore_index=",
+        )
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target, reduction="none", label_smoothing=self.label_smoothing)

@@ -25,9 +25,3 @@ def test_weights_are_those_given(weights, expected):
     assert balancer(torch.tensor([1.0, 2.0, 3.0])).item() == sum(
         w * x for w, x in zip(expected, [1, 2, 3], strict=True)
     )
-
-
-def test_weights_travel_in_the_checkpoint():
-    fresh = Fixed(3)
-    fresh.load_state_dict(Fixed(3, [1.0, 2.0, 3.0]).state_dict())
-    assert fresh.weights(torch.ones(3)).tolist() == [1, 2, 3]

@@ -147,7 +147,7 @@ def test_an_offset_makes_negative_losses_those_above_it(offset):
 def test_a_loss_below_the_offset_is_refused_and_moves_nothing():
     balancer = GradNorm(2)
     before = {name: value.clone() for name, value in balancer.state_dict().items()}
-    with pytest.raises(ValueError, match="be positive after the offset"):
+    with pytest.raises(ValueError, match="be >= 0 after the offset"):
         balancer(gram_of([1, 1]), torch.tensor([1.0, -0.5]))
     assert all(torch.equal(v.nan_to_num(-7), before[n].nan_to_num(-7)) for n, v in balancer.state_dict().items())
 

@@ -44,7 +44,7 @@ def stepped(model: MultiTaskModule, batch: Any, scale: float = 1.0) -> Tensor:
 
 def state(model: nn.Module) -> Tensor:
     """All of the balancer's state as one vector."""
-    return torch.cat([value.double().flatten() for value in model.balancer.state_dict().values()])
+    return torch.cat([torch.zeros(0), *(value.double().flatten() for value in model.balancer.state_dict().values())])
 
 
 @EVERY_LEVEL
