@@ -2,6 +2,8 @@
 
 import contextlib
 import doctest
+import importlib
+import inspect
 import io
 import re
 from collections.abc import Iterator
@@ -140,3 +142,12 @@ def test_relative_links_lead_to_files(page):
 def test_every_page_is_found_by_pages():
     assert len(PAGES) > 8
     assert all(page.is_file() for page in PAGES)
+
+
+@pytest.mark.parametrize("name", ["", ".balancers", ".callbacks", ".linalg", ".metrics", ".tasks"])
+def test_the_reference_lists_every_public_name(name):
+    module = importlib.import_module(f"lightning_mtl{name}")
+    page = (ROOT / "docs" / "reference" / f"{name[1:] or 'lightning_mtl'}.md").read_text()
+    public = {key for key, value in vars(module).items() if not key.startswith("_") and not inspect.ismodule(value)}
+    public = set(getattr(module, "__all__", public))
+    assert not {key for key in public if not re.search(rf"(?<!\w){key}(?!\w)", page)}

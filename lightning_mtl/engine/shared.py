@@ -46,7 +46,8 @@ def reached_beside(
     """The leaves that the losses reach by a way that does not pass the features."""
     stop = {feature.grad_fn for feature in features if feature.grad_fn is not None}
     nodes = _walk([loss.grad_fn for loss in losses if loss.grad_fn is not None], owner, stop)
-    return [node.variable for node in nodes if hasattr(node, "variable")]
+    given = {id(feature) for feature in features}  # a parameter may itself be a feature
+    return [node.variable for node in nodes if hasattr(node, "variable") and id(node.variable) not in given]
 
 
 def distinct(features: Sequence[Tensor], owner: object = "lightning_mtl") -> list[Tensor]:
@@ -56,7 +57,8 @@ def distinct(features: Sequence[Tensor], owner: object = "lightning_mtl") -> lis
     """
     nodes = {feature.grad_fn for feature in features if feature.grad_fn is not None}
     behind = _walk([child for node in nodes for child, _ in node.next_functions], owner)
-    if nodes & behind.keys():
+    leaves = {id(feature) for feature in features if feature.is_leaf}
+    if nodes & behind.keys() or any(id(getattr(node, "variable", None)) in leaves for node in behind):
         raise bad_argument(
             owner,
             "features",

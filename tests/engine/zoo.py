@@ -108,6 +108,41 @@ def frozen_first_layer() -> nn.Module:
     return encoder
 
 
+class Skip(nn.Module):
+    """One of the two features is computed from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        fine = torch.tanh(self.fine(x))
+        return {"fine": fine, "coarse": (torch.sin(self.coarse(fine)),)}
+
+
+class Twice(nn.Module):
+    """The two features are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        z = torch.tanh(self.linear(x))
+        return {"fine": z, "coarse": (z,)}
+
+
+class Query(nn.Module):
+    """One of the features is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.linear = nn.Parameter(torch.randn(12, WIDTH)), nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"fine": torch.tanh(self.linear(x)), "coarse": (self.query,)}
+
+
 class TiedHead(nn.Module):
     """Reads the features backwards through the encoder's own last layer."""
 
@@ -246,6 +281,20 @@ class OneHead(Existing):
         return three_losses((out[:, :3], out[:, 3:4], out[:, 4:]), batch[1]), [z]
 
 
+class WithQuery(Existing):
+    """One of the features given is a parameter."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.trunk = Query()
+        self.heads = nn.ModuleList(PyramidHead(out) for out in (3, 1, 2))
+
+    def losses_of(self, batch: Any) -> ByHand:
+        z = self.trunk(batch[0])
+        outputs = tuple(head(z) for head in self.heads)
+        return three_losses(outputs, batch[1]), [z["fine"], z["coarse"][0]]
+
+
 class CheckpointedTrunk(Trunk):
     """The trunk is recomputed in the backward."""
 
@@ -254,9 +303,11 @@ class CheckpointedTrunk(Trunk):
         self.trunk = Checkpointed()
 
 
-def with_encoder(encoder: Callable[[], nn.Module], last: str, seed: int, tasks: Callable[[], Any] = three_tasks) -> Net:
+def with_encoder(
+    encoder: Callable[[], nn.Module], last: str, seed: int, tasks: Callable[[], Any] = three_tasks, **more: Any
+) -> Net:
     build = partial(declared, encoder, tasks)
-    return Net(build, declared_by_hand, ("encoder.",), (f"encoder.{last}.",), seed=seed)
+    return Net(build, declared_by_hand, ("encoder.",), (f"encoder.{last}.",), seed=seed, **more)
 
 
 def found(cls: type[Existing], shared: tuple[str, ...], last: str, seed: int) -> Net:
@@ -275,6 +326,10 @@ NETS = {
     "conv": with_encoder(conv, "6", seed=3),
     "transformer": with_encoder(Transformer, "layers.layers.1.norm2", seed=9),
     "pyramid": with_encoder(Pyramid, "coarse", seed=4, tasks=pyramid_tasks),
+    # Rows at these features would be partial derivatives, which autograd does not give an outsider.
+    "skip": with_encoder(Skip, "coarse", seed=1, tasks=pyramid_tasks, levels=("parameters",)),
+    "twice": with_encoder(Twice, "linear", seed=1, tasks=pyramid_tasks, levels=("parameters",)),
+    "query": with_encoder(Query, "linear", seed=1, tasks=pyramid_tasks),
     "checkpointed": with_encoder(Checkpointed, "layers.2", seed=7),
     "half_frozen": with_encoder(frozen_first_layer, "2", seed=7),
     "tied": Net(tied, declared_by_hand, ("encoder.",), ("encoder.2.",), levels=("parameters",), seed=1),
@@ -305,5 +360,7 @@ NETS = {
     "experts_told": told(Experts, ("experts.",), "experts.1.2.", seed=1),
     "one_head_found": found(OneHead, ("trunk.", "head."), "head.", seed=3),
     "one_head_told": told(OneHead, ("trunk.",), "trunk.2.", seed=3),
+    "query_found": found(WithQuery, ("trunk.",), "trunk.linear.", seed=1),
+    "query_told": told(WithQuery, ("trunk.",), "trunk.linear.", seed=1),
     "checkpointed_found": found(CheckpointedTrunk, ("trunk.",), "trunk.layers.2.", seed=1),
 }
