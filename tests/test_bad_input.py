@@ -139,6 +139,8 @@ AT_ONCE = params(
     ("one head twice", ValueError, "have a head of its own", lambda: (h := head()) and multi(
         {"a": RegressionTask(h), "b": RegressionTask(h)})),
     ("one task twice", ValueError, "have a head of its own", lambda: (t := size_task()) and multi({"a": t, "b": t})),
+    ("one task without parameters twice", ValueError, "have a head of its own",
+     lambda: (t := Task(nn.Identity(), F.mse_loss)) and multi({"a": t, "b": t})),
     ("parameter in two heads", ValueError, "have a head of its own", lambda: (h := head()) and multi(
         {"a": RegressionTask(h), "b": RegressionTask(nn.Sequential(nn.Tanh(), h))})),
     ("unknown task", ValueError, "`name` must be one of 'kind', 'size', 'shape', got 'depth'",

@@ -333,10 +333,14 @@ def test_training_with_missing_labels(tmp_path):
 @pytest.mark.parametrize("every, steps", [(1, range(8)), (3, [2, 5]), (8, [7]), (50, [])])
 @pytest.mark.parametrize("balancer", ["fixed", "gradnorm"])
 def test_in_every_nth_step(balancer, every, steps, tmp_path):
-    logged = fitted(module(balancer), tmp_path, loader(128), loader(16), log_every_n_steps=every)
+    model = module(balancer, optimizer=still)
+    logged = fitted(model, tmp_path, loader(128), loader(16), log_every_n_steps=every)
     keys = losses("train") | WEIGHTS | (FROM_GRAM if balancer == "gradnorm" else set())
     assert {key for key in logged if not key.startswith("val/")} == (keys if steps else set())
     assert all(list(logged[key]) == list(steps) for key in keys if steps)
+    data = batches(128)
+    for step in steps:  # of this very step, not of the one before
+        assert logged["train/loss/size"][step] == pytest.approx(by_hand(model, data[step])["size"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("every, steps", [(1, range(4)), (2, [1, 3])])
@@ -362,13 +366,14 @@ def test_a_monitor_has_its_own_pace(every, steps, accumulate, tmp_path):
 
 
 def test_the_pace_goes_on_after_a_resume(tmp_path):
-    first = trainer()
+    first = trainer(accumulate_grad_batches=2)
     first.fit(module("pcgrad"), loader(64))
     first.save_checkpoint(tmp_path / "half.ckpt")
     logger = CSVLogger(tmp_path)
-    options = {"logger": logger, "log_every_n_steps": 100, "callbacks": [BalanceMonitor(every_n_steps=3)]}
-    trainer(max_epochs=2, **options).fit(module("pcgrad"), loader(64), ckpt_path=tmp_path / "half.ckpt")
-    assert list(rows_of(logger)["balance/conflict"]) == [5]
+    options = {"logger": logger, "log_every_n_steps": 100, "callbacks": [BalanceMonitor(every_n_steps=2)]}
+    second = trainer(max_epochs=3, accumulate_grad_batches=2, **options)
+    second.fit(module("pcgrad"), loader(64), ckpt_path=tmp_path / "half.ckpt")
+    assert list(rows_of(logger)["balance/conflict"]) == [3, 5]
 
 
 def test_a_monitor_of_ones_own_is_kept():

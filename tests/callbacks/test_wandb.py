@@ -45,6 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, MultiTaskMo
     model = module(SPEC)
     runner.fit(model, loader(), loader(32, seed=1))
     runner.test(model, loader(32, seed=2), verbose=False)
+    logger.experiment.finish()
     # Ends the service too: `finish` returns before the last records are in the file.
     wandb.teardown()
     return read(folder), model, keep.grams

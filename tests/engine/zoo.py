@@ -327,9 +327,9 @@ NETS = {
     "transformer": with_encoder(Transformer, "layers.layers.1.norm2", seed=9),
     "pyramid": with_encoder(Pyramid, "coarse", seed=4, tasks=pyramid_tasks),
     # Rows at these features would be partial derivatives, which autograd does not give an outsider.
-    "skip": with_encoder(Skip, "coarse", seed=1, tasks=pyramid_tasks, levels=("parameters",)),
-    "twice": with_encoder(Twice, "linear", seed=1, tasks=pyramid_tasks, levels=("parameters",)),
-    "query": with_encoder(Query, "linear", seed=1, tasks=pyramid_tasks),
+    "skip": with_encoder(Skip, "coarse", seed=2, tasks=pyramid_tasks, levels=("parameters",)),
+    "twice": with_encoder(Twice, "linear", seed=2, tasks=pyramid_tasks, levels=("parameters",)),
+    "query": with_encoder(Query, "linear", seed=8, tasks=pyramid_tasks),
     "checkpointed": with_encoder(Checkpointed, "layers.2", seed=7),
     "half_frozen": with_encoder(frozen_first_layer, "2", seed=7),
     "tied": Net(tied, declared_by_hand, ("encoder.",), ("encoder.2.",), levels=("parameters",), seed=1),
@@ -361,6 +361,6 @@ NETS = {
     "one_head_found": found(OneHead, ("trunk.", "head."), "head.", seed=3),
     "one_head_told": told(OneHead, ("trunk.",), "trunk.2.", seed=3),
     "query_found": found(WithQuery, ("trunk.",), "trunk.linear.", seed=1),
-    "query_told": told(WithQuery, ("trunk.",), "trunk.linear.", seed=1),
+    "query_told": told(WithQuery, ("trunk.",), "trunk.linear.", seed=8),
     "checkpointed_found": found(CheckpointedTrunk, ("trunk.",), "trunk.layers.2.", seed=1),
 }

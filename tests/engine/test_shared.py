@@ -1,0 +1,74 @@
+"""Who is shared, found in the graph; and which features can be a cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mtl.engine import discover, reached
+from lightning_mtl.engine.shared import distinct, reached_beside
+from tests.engine.zoo import NETS
+
+# Whether the graphs of all losses meet at edges of which none lies behind another.
+SEPARATED = {
+    "found": True,
+    "deep_supervision": False,
+    "cascade_found": False,
+    "experts_found": True,
+    "one_head_found": True,
+    "query_found": False,
+    "checkpointed_found": True,
+}
+
+
+@pytest.mark.parametrize("name", SEPARATED)
+def test_discover(name):
+    net = NETS[name]
+    model = net.make("fixed", "parameters")
+    names = {id(parameter): n for n, parameter in model.named_parameters()}
+    losses, _ = net.by_hand(model, net.batch())
+    found = discover(losses)
+    shared, private = ({names[id(leaf)] for leaf in leaves} for leaves in (found.shared, found.private))
+    assert shared == {n for n in names.values() if n.startswith(net.shared)}
+    assert private == set(names.values()) - shared
+    assert bool(found.edges) == SEPARATED[name]
+
+
+def test_every_net_whose_parameters_are_to_be_found_is_in_the_list():
+    untold = {name for name, net in NETS.items() if getattr(net.build, "keywords", {}).get("tell") is False}
+    assert set(SEPARATED) == untold
+
+
+def test_one_loss_shares_nothing():
+    model = NETS["found"].make("fixed", "parameters")
+    (first, *_), _ = NETS["found"].by_hand(model, NETS["found"].batch())
+    found = discover([first])
+    assert found.shared == found.edges == []
+    assert len(found.private) == 6
+
+
+def test_reached_takes_what_is_itself_a_leaf():
+    weight, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    assert [id(leaf) for leaf in reached([weight * 2, other, torch.ones(2)])] == [id(weight), id(other)]
+
+
+def test_beside_the_features():
+    below, beside, feature = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    z = below * 2
+    losses = [(z * feature).sum(), (z * beside).sum()]
+    assert [id(leaf) for leaf in reached_beside(losses, [z, feature])] == [id(beside)]
+
+
+def test_features_may_come_twice():
+    weight = nn.Parameter(torch.ones(2))
+    z, y = weight * 2, weight * 3
+    assert [id(feature) for feature in distinct([z, y, z, weight + 1, y])][:2] == [id(z), id(y)]
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_features_that_are_computed_from_each_other_are_refused(leaf):
+    weight = nn.Parameter(torch.ones(2))
+    first = weight if leaf else weight * 2
+    with pytest.raises(ValueError, match="be independent of each other"):
+        distinct([torch.tanh(first) + 1, first])
