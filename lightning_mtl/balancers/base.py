@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -241,10 +242,15 @@ class GramBalancer(Balancer):
                 gram, losses = gram[tasks][:, tasks], losses[tasks]
         if len(losses) == 0:
             return weights
-        if not bool(torch.isfinite(gram).all() & torch.isfinite(losses).all()):
+        # One number instead of a mask: a sum is finite only if all its terms are.
+        if not math.isfinite(gram.sum().item() + losses.sum().item()):
             return weights.fill_(float("nan"))
-        weights[tasks] = self.weights(gram, losses, tasks)
-        self.last_weights[tasks] = weights[tasks]
+        solved = self.weights(gram, losses, tasks)
+        if tasks is ALL:
+            weights.copy_(solved)
+            self.last_weights.copy_(solved)
+        else:
+            weights[tasks] = self.last_weights[tasks] = solved
         self.step += 1
         return weights
 

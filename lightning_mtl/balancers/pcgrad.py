@@ -50,15 +50,16 @@ class PCGrad(GramBalancer):
         inverse = np.divide(1.0, squared, out=np.zeros(num), where=squared > 0)
         # Row i of `mix` writes the cut gradient of task i as a combination of the raw ones.
         mix = np.eye(num)
-        rows = np.arange(num)
+        rows, orders = np.arange(num), self._orders(num)
         # The cut of task i never looks at the cut of another, so all tasks take their k-th turn together.
-        for j in self._orders(num).numpy().T:
-            opposed = np.minimum((mix * inner[j]).sum(1), 0.0)
-            mix[rows, j] -= opposed * inverse[j]
-        return torch.from_numpy(mix.sum(0)).to(gram.device)
+        for turn in range(num - 1):
+            j = orders[:, turn]
+            opposed = np.einsum("ij,ij->i", mix, inner[j])
+            mix[rows, j] -= np.minimum(opposed, 0.0) * inverse[j]
+        return torch.from_numpy(mix.sum(0))
 
-    def _orders(self, num: int) -> Tensor:
+    def _orders(self, num: int) -> np.ndarray:
         """For each task a random order of the others: ``[P, P - 1]``."""
         generator = torch.Generator().manual_seed(self.seed + int(self.step))
-        order = torch.rand((num, num - 1), generator=generator).argsort(dim=1)
-        return order + (order >= torch.arange(num)[:, None]).long()
+        order = torch.rand((num, num - 1), generator=generator).numpy().argsort(axis=1)
+        return order + (order >= np.arange(num)[:, None])

@@ -123,6 +123,9 @@ def sum_gram(gram: Tensor, losses: Tensor, scale: Tensor) -> tuple[Tensor | None
     a scale of 0 (a loss that is ramped up) there is no gradient to compare, and no gram.
     """
     num_tasks, world = len(losses), world_size()
+    if world == 1 and gram.device.type == "cpu":
+        factor = float(scale)
+        return (gram / factor**2 if factor else None), losses.detach().double()
     packed = torch.cat([gram.reshape(-1), losses.detach().to(gram.device, torch.float64)])
     if world > 1:
         dist.all_reduce(packed)

@@ -20,14 +20,13 @@ def gram(rows: Tensor) -> Tensor:
     """
     # Reduced-precision matmul (a setting that many turn on for speed) must not reach the gram.
     exact = torch.get_float32_matmul_precision() == "highest"
-    total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and exact:
-        whole = rows.shape[1] // _BLOCK_CPU * _BLOCK_CPU
-        blocks = rows[:, :whole].unflatten(1, (-1, _BLOCK_CPU)).transpose(0, 1)
-        total += torch.bmm(blocks, blocks.transpose(1, 2)).double().sum(0)
-        rows = rows[:, whole:]
-    for chunk in rows.split(_BLOCK, dim=1):
-        wide = chunk.double()
+    done, total = 0, rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and exact and rows.shape[1] >= _BLOCK_CPU:
+        done = rows.shape[1] // _BLOCK_CPU * _BLOCK_CPU
+        blocks = rows[:, :done].unflatten(1, (-1, _BLOCK_CPU)).transpose(0, 1)
+        torch.sum(torch.bmm(blocks, blocks.transpose(1, 2)), 0, dtype=torch.float64, out=total)
+    for begin in range(done, rows.shape[1], _BLOCK):
+        wide = rows[:, begin : begin + _BLOCK].double()
         total.addmm_(wide, wide.T)
     return total
 

@@ -75,12 +75,15 @@ class MultiLabelTask(Task):
 
     def _check_values(self, target: Tensor, name: str) -> None:
         # -1 for "no" would train without an error.
-        if self._may_look_at(target) and bool(((target < 0) | (target > 1)).any()):
+        if not self._may_look_at(target) or target.numel() == 0:
+            return
+        low, high = (end.item() for end in target.aminmax())
+        if low < 0 or high > 1:
             raise bad_argument(
                 self,
                 f"target of '{name}'",
                 "lie in [0, 1], or be NaN where a label is missing",
-                f"values from {target.min().item():g} to {target.max().item():g}",
+                f"values from {low:g} to {high:g}",
                 "Map no and yes to 0 and 1",
             )
 

@@ -257,8 +257,10 @@ class Task(nn.Module):
 
     def _may_look_at(self, target: Tensor) -> bool:
         """Whether to look at a target's values: where the host would have to wait for them, in the first batch only."""
+        if target.device.type == "cpu":
+            return True
         first, self._unchecked = self._unchecked, False
-        return first or target.device.type == "cpu"
+        return first
 
     def _like_loss(self, labelled: Tensor, loss: Tensor, name: str) -> Tensor:
         if loss.ndim == 0:
