@@ -197,10 +197,10 @@ class Balanced(_Base):
         check_trainer(self.trainer, self, compares_gradients=several)
         if several:
             allow_several_backwards()
-            # Its buffers stay on the CPU, equal on all ranks by construction: nothing for DDP to broadcast.
-            ignored = set(getattr(self, "_ddp_params_and_buffers_to_ignore", ()))
-            ignored |= {f"balancer.{name}" for name, _ in self.balancer.named_buffers()}
-            self._ddp_params_and_buffers_to_ignore = sorted(ignored)
+        # Its buffers may stay on the CPU, and are equal on all ranks by construction: nothing for DDP to broadcast.
+        ignored = set(getattr(self, "_ddp_params_and_buffers_to_ignore", ()))
+        ignored |= {f"balancer.{name}" for name, _ in self.balancer.named_buffers()}
+        self._ddp_params_and_buffers_to_ignore = sorted(ignored)
 
     def on_fit_start(self) -> None:
         """Check that the optimizer has the balancer's parameters."""
@@ -212,6 +212,11 @@ class Balanced(_Base):
         """Look again at what belongs to whom: parameters may have come or gone."""
         super().on_train_epoch_start()
         self._memory.clear()
+
+    def on_train_epoch_end(self) -> None:
+        """Tell the balancer."""
+        super().on_train_epoch_end()
+        self.balancer.end_epoch()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the order of the tasks, in which the balancer's state stands."""

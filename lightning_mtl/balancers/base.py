@@ -67,6 +67,9 @@ class Balancer(nn.Module):
         """
         raise NotImplementedError
 
+    def end_epoch(self) -> None:
+        """A training epoch has ended (for methods that compare epochs). Modules call it; plain loops call it too."""
+
     def _by_task(self, values: object, default: Any, arg: str, convert: Callable[[Any], Any]) -> list[Any]:
         """``values`` per task, in task order: from None, one value, a sequence, or a mapping of the bound names."""
         if values is None:
@@ -128,13 +131,17 @@ class LossBalancer(Balancer):
     """A method that needs the losses only: it is a scalar function of them, and one ordinary backward runs.
 
     Its weights are the partial derivatives of that function, so heads are weighted as the encoder is.
-    Buffers follow the module's device and keep their dtype.
+    Buffers follow the module's device (unless ``state_on_cpu``) and keep their dtype.
+
+    State moves in the backward only: ``objective`` leaves it alone, ``observe`` moves it afterwards.
     """
 
     #: Whether the objective is linear in the losses; then averaging over ranks needs no communication.
     linear_in_losses: ClassVar[bool] = False
     #: Whether a loss of exactly 0 with zero gradient leaves objective and state alone.
     indifferent_to_absent: ClassVar[bool] = False
+    #: Whether buffers stay on the CPU (a counter that seeds a generator: reading it elsewhere would make the host wait).
+    state_on_cpu: ClassVar[bool] = False
 
     @abstractmethod
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
@@ -142,6 +149,34 @@ class LossBalancer(Balancer):
 
         Shapes: losses ``[P]`` of the present tasks, ``tasks`` indexes ``[T]`` state with them -> ``[]``.
         """
+
+    def observe(self, losses: Tensor, tasks: Tasks = ALL) -> None:
+        """Move state after a backward. Overridden by methods that have any.
+
+        Called without autograd and with ``P >= 1``; what is written from losses that are not finite is undone.
+        Shapes: as in :meth:`objective`.
+        """
+
+    @torch.no_grad()
+    def advance(self, losses: Tensor, present: Tensor | None = None) -> None:
+        """One step is done: move the state, except that of absent tasks or if a loss is not finite. Final.
+
+        Shapes: losses ``[T]``, present bool ``[T]``.
+        """
+        if type(self).observe is LossBalancer.observe:
+            return
+        tasks = ALL
+        if present is not None:
+            tasks = present.to(losses.device).nonzero().squeeze(1)
+            losses = losses[tasks]
+        if len(losses) == 0:
+            return
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        self.observe(losses.detach(), tasks)
+        # Not a branch, for which the host would have to wait.
+        finite = torch.isfinite(losses).all()
+        for name, buffer in self.named_buffers():
+            buffer.copy_(torch.where(finite.to(buffer.device), buffer, before[name]))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """Check, drop absent tasks, and call :meth:`objective`. Final.
@@ -170,13 +205,15 @@ class LossBalancer(Balancer):
 
     def combine(self, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
         check_rows(rows, self.num_tasks, self)
-        weights = self.weights(losses.to(rows.device), present).to(rows.dtype)
+        losses = losses.to(rows.device)
+        weights = self.weights(losses, present).to(rows.dtype)
+        self.advance(losses, present)
         return weights @ rows
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossBalancer:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        self._keep_buffers(before, on_cpu=False)
+        self._keep_buffers(before, on_cpu=self.state_on_cpu)
         return self
 
 

@@ -95,14 +95,16 @@ def _objective(step: Step, balancer: LossBalancer, names: tuple[str, ...], repor
         # Weights are taken at the global losses, the gradients stay this rank's own.
         losses = losses + (mean_over_ranks(losses.detach()) - losses).detach()
     objective = balancer(losses, step.present)
-    if report is not None and losses.requires_grad:
+    if losses.requires_grad:
         # The hook holds nothing of the graph: a cycle through a node is never collected.
         values, present = losses.detach(), step.present
         scale: list[Tensor] = []
         objective.register_hook(scale.append)
 
         def weights_arrived(grad: Tensor) -> None:
-            report(Balance(names, values, grad / scale.pop(), present=present))
+            balancer.advance(values, present)
+            if report is not None:
+                report(Balance(names, values, grad / scale.pop(), present=present))
 
         losses.register_hook(weights_arrived)
     return objective

@@ -79,6 +79,8 @@ def losses(num_tasks: int, seed: int = 0) -> Tensor:
 def weigh(balancer: Balancer, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
     """One step of any balancer: its weights ``[T]``."""
     if isinstance(balancer, LossBalancer):
-        return balancer.weights(losses, present)
+        weights = balancer.weights(losses, present)
+        balancer.advance(losses, present)
+        return weights
     assert isinstance(balancer, GramBalancer)
     return balancer(rows @ rows.T, losses, present)
