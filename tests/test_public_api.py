@@ -22,7 +22,8 @@ REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 CONTRACT = {
     "lightning_mtl": "MultiTaskModule Balanced Task TaskRegistry Balance backward boundary allow_several_backwards",
     "lightning_mtl.balancers": (
-        "available load resolve Balancer LossBalancer GramBalancer Fixed Uncertainty GradNorm PCGrad"
+        "available load resolve Balancer LossBalancer GramBalancer Fixed Uncertainty GradNorm "
+        "PCGrad IMTLL LogSum GeometricMean DWA RLW FAMO STCH COSMOS PBI DTP"
     ),
     "lightning_mtl.tasks": "Task TaskRegistry ClassificationTask MultiLabelTask RegressionTask ReconstructionTask",
     "lightning_mtl.metrics": "delta_m",
@@ -48,6 +49,16 @@ ARGUMENTS = {
     "load": "name num_tasks",
     "Fixed": "num_tasks weights",
     "Uncertainty": "num_tasks forms initial_log_variance",
+    "IMTLL": "num_tasks",
+    "LogSum": "num_tasks loss_offset",
+    "GeometricMean": "num_tasks loss_offset",
+    "DWA": "num_tasks temperature window",
+    "RLW": "num_tasks law seed",
+    "FAMO": "num_tasks gamma lr min_losses",
+    "STCH": "num_tasks mu weights reference warmup_epochs",
+    "COSMOS": "num_tasks weights strength",
+    "PBI": "num_tasks weights theta reference",
+    "DTP": "num_tasks metric gamma smoothing",
     "GradNorm": "num_tasks alpha lr norms_at loss_offset initial_losses every_n_steps",
     "PCGrad": "num_tasks seed every_n_steps",
     "BalanceMonitor": "every_n_steps cosines",
@@ -149,7 +160,22 @@ def test_an_unknown_name_says_which_there_are():
 
 
 def test_the_balancers_that_are_available():
-    assert available() == ["fixed", "gradnorm", "pcgrad", "uncertainty"]
+    assert available() == [
+        "cosmos",
+        "dtp",
+        "dwa",
+        "famo",
+        "fixed",
+        "geometric_mean",
+        "gradnorm",
+        "imtl_l",
+        "log_sum",
+        "pbi",
+        "pcgrad",
+        "rlw",
+        "stch",
+        "uncertainty",
+    ]
 
 
 @pytest.mark.parametrize("name", available())

@@ -1,0 +1,113 @@
+"""FAMO: spend the step so that all losses fall at the same relative rate, without a second backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
+from lightning_mtl.checks import bad_argument, check_number
+from lightning_mtl.linalg import adam_step, log_losses, one_or_nan
+
+_MOVING = ("logits", "first_moment", "second_moment", "updates")
+
+
+class FAMO(LossBalancer):
+    r"""Weigh relative progress by :math:`z = \mathrm{softmax}(\xi)`, learned from how the losses moved.
+
+    With :math:`D_t = \ell_t - b_t` the weights are :math:`\frac{z_t / D_t}{\sum_u z_u / D_u}`. From the drop
+    :math:`\delta_t` of :math:`\log D_t` since the last step, :math:`\xi` makes an Adam step along
+    :math:`(\partial z / \partial \xi)^\top \delta + \gamma \xi`: who improved most loses weight.
+
+    Args:
+        num_tasks: ``T``.
+        gamma: decay of :math:`\xi`, >= 0.
+        lr: of the Adam that moves :math:`\xi`.
+        min_losses: ``b``, lower bounds of the losses: a number, a sequence of ``T``, or a mapping of task names (a
+            task left out has 0).
+
+    Shapes: losses ``[T]`` -> objective ``[]``, the weighted mean of the losses.
+    State (buffers): ``logits``, ``last_logs`` (NaN before a task's first step), Adam's ``first_moment``,
+    ``second_moment`` and ``updates``, all ``[T]``.
+    Update: mean scale, the weights are positive and sum to 1; heads are weighted. Its direction stays the same if a
+    loss (with its bound) and its gradient are multiplied by a number. An absent task is left out of both softmaxes;
+    when it is back, its drop counts from its last step.
+    Raises: ``ValueError`` if an argument is out of range, or a loss is not above its bound (on the CPU in any step,
+    elsewhere in the first).
+    Paper: Liu et al., NeurIPS 2023, arXiv:2306.03792, algorithm 1. Departure: the drop is read off the next batch
+    instead of a second forward on the same one, as its authors' code does where a step sees all data.
+
+    Example:
+        >>> import torch
+        >>> balancer = FAMO(2)
+        >>> balancer.advance(torch.tensor([1.0, 1.0]))
+        >>> balancer.weights(torch.tensor([0.5, 1.0]))  # (2, 1) / 3 before the first task lost weight for improving
+        tensor([0.6555, 0.3445])
+    """
+
+    logits: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    updates: Tensor
+    last_logs: Tensor
+    min_losses: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        gamma: float = 1e-3,
+        lr: float = 0.025,
+        min_losses: float | Sequence[float] | Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(num_tasks)
+        check_number(gamma, "gamma", self, low=0.0)
+        check_number(lr, "lr", self, low=0.0, exclusive=True)
+        self.gamma, self.lr = gamma, lr
+        self._given = dict(min_losses) if isinstance(min_losses, Mapping) else min_losses
+        self._looked = False
+        for name in _MOVING:
+            self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
+        self.register_buffer("last_logs", torch.full((num_tasks,), float("nan"), dtype=torch.float64))
+        self.register_buffer("min_losses", self._resolve(), persistent=False)
+
+    def bind(self, names: Sequence[str]) -> None:
+        super().bind(names)
+        self.min_losses.copy_(self._resolve())
+
+    def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
+        if isinstance(self._given, dict) and self.names is None:
+            raise bad_argument(
+                self, "min_losses", "be numbers while names are unknown", "a mapping", "Call bind(names) first"
+            )
+        above = losses.detach().double() - self.min_losses[tasks]
+        logs = log_losses(above, self, "min_losses", first=not self._looked)
+        self._looked = True
+        weights = torch.softmax(self._moved(logs, tasks)[0] - logs, 0) * one_or_nan(losses)
+        return losses @ weights.to(losses.dtype)
+
+    def observe(self, losses: Tensor, tasks: Tasks = ALL) -> None:
+        logs = torch.log(losses.double() - self.min_losses[tasks])
+        for name, value in zip(_MOVING, self._moved(logs, tasks), strict=True):
+            self.get_buffer(name)[tasks] = value
+        self.last_logs[tasks] = torch.where(logs.isfinite(), logs, torch.nan)
+
+    def _moved(self, logs: Tensor, tasks: Tasks) -> tuple[Tensor, ...]:
+        """The logits of this step and the Adam state that belongs to them; a task without a drop keeps its own."""
+        old = tuple(self.get_buffer(name)[tasks] for name in _MOVING)
+        logits, first, second, updates = old
+        drop = self.last_logs[tasks] - logs
+        known = drop.isfinite()
+        drop = torch.where(known, drop, 0)
+        # The logits that are kept are those of the last step. Nobody known: the softmax of nothing is NaN.
+        share = torch.softmax(logits.masked_fill(~known, -torch.inf), 0).nan_to_num(0)
+        gradient = share * (drop - share @ drop) + self.gamma * logits
+        step, *moments = adam_step(gradient, first, second, updates, self.lr)
+        return tuple(torch.where(known, *pair) for pair in zip((logits - step, *moments), old, strict=True))
+
+    def _resolve(self) -> Tensor:
+        bounds = torch.tensor(self._by_task(self._given, 0.0, "min_losses", float), dtype=torch.float64)
+        if not bool(torch.isfinite(bounds).all()):
+            raise bad_argument(self, "min_losses", "be finite", bounds.tolist(), "Pass lower bounds of the losses")
+        return bounds

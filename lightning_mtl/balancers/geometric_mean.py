@@ -1,0 +1,69 @@
+"""The geometric mean of the losses (GLS): one scale for all tasks, without a weight to tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
+from lightning_mtl.checks import bad_argument
+from lightning_mtl.linalg import log_losses, one_or_nan
+
+
+class GeometricMean(LossBalancer):
+    r"""Minimise :math:`G = \big(\prod_t (\ell_t - b_t)\big)^{1/T}`, taken in the log domain.
+
+    Its weights are :math:`G / (T (\ell_t - b_t))`: those of ``LogSum``, times ``G / T``, so that steps shrink as the
+    losses do.
+
+    Args:
+        num_tasks: ``T``.
+        loss_offset: ``b``: a number, a sequence of ``T``, or a mapping of task names (a task left out has 0). For
+            losses that can go negative pass a lower bound.
+
+    Shapes: losses ``[T]`` -> objective ``[]``. State: none.
+    Update: mean scale; heads are weighted. If a loss (with its offset) and its gradient are multiplied by ``c``, the
+    update is multiplied by ``c ** (1 / T)`` and keeps its direction. An absent task is left out, ``T`` is then the
+    number of present ones.
+    Raises: ``ValueError`` if an offset or its task name is wrong, or a loss is not above its offset (on the CPU in
+    any step, elsewhere in the first).
+    Paper: Chennupati et al., CVPR Workshops 2019, arXiv:1904.08492, section 3; the offset is ours.
+
+    Example:
+        >>> import torch
+        >>> GeometricMean(2)(torch.tensor([2.0, 8.0])).item()
+        4.0
+    """
+
+    loss_offset: Tensor
+
+    def __init__(
+        self, num_tasks: int, loss_offset: float | Sequence[float] | Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__(num_tasks)
+        self._given = dict(loss_offset) if isinstance(loss_offset, Mapping) else loss_offset
+        self._looked = False
+        # A setting, not state: a checkpoint must not bring an old one back.
+        self.register_buffer("loss_offset", self._resolve(), persistent=False)
+
+    def bind(self, names: Sequence[str]) -> None:
+        super().bind(names)
+        self.loss_offset.copy_(self._resolve())
+
+    def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
+        if isinstance(self._given, dict) and self.names is None:
+            raise bad_argument(
+                self, "loss_offset", "be numbers while names are unknown", "a mapping", "Call bind(names) first"
+            )
+        above = losses - self.loss_offset[tasks].to(losses.dtype)
+        logs = log_losses(above, self, "loss_offset", first=not self._looked)
+        self._looked = True
+        return logs.mean().exp() * one_or_nan(losses)
+
+    def _resolve(self) -> Tensor:
+        offset = torch.tensor(self._by_task(self._given, 0.0, "loss_offset", float), dtype=torch.float64)
+        if not bool(torch.isfinite(offset).all()):
+            raise bad_argument(self, "loss_offset", "be finite", offset.tolist(), "Pass a lower bound of the losses")
+        return offset

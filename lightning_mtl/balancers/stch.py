@@ -1,0 +1,115 @@
+"""Smooth Tchebycheff scalarisation: minimise the worst weighted loss, smoothly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
+from lightning_mtl.checks import bad_argument, check_integer, check_number
+from lightning_mtl.linalg import log_losses, one_or_nan
+
+_DEFAULTS = {"weights": 1.0, "reference": 0.0}
+
+
+class STCH(LossBalancer):
+    r"""Minimise a smooth maximum over the tasks; the smaller ``mu``, the more the worst task counts.
+
+    With ``warmup_epochs=0`` the paper's form, :math:`\mu \log \sum_t \exp(\lambda_t (\ell_t - z_t) / \mu)`. Otherwise
+    that of its multi-task runs: first :math:`\sum_t \log(\ell_t - z_t)`, then
+    :math:`T \mu \log \sum_t \exp(T \lambda_t \log((\ell_t - z_t) / n_t) / \mu)`, where :math:`n_t` is the mean of
+    :math:`\ell_t - z_t` over the last warm-up epoch.
+
+    Args:
+        num_tasks: ``T``.
+        mu: smoothness, > 0.
+        weights: the preference, > 0: one number, a sequence of ``T``, or a mapping of task names (a task left out has
+            1); divided by their sum over the present tasks they are :math:`\lambda`, by default ``1 / T`` each.
+        reference: ``z``, below which no loss can go, in the same forms; 0 by default.
+        warmup_epochs: 4 as published; 0 for the paper's form, which depends on the units of the losses.
+
+    Shapes: losses ``[T]`` -> objective ``[]``.
+    State (buffers): ``nadir`` (``n``, NaN until known), ``loss_sums`` and ``loss_counts`` of the epoch, all ``[T]``,
+    and ``epochs`` that have ended. A plain loop has to call ``end_epoch()``.
+    Update: weights are positive; without a warm-up :math:`w_t \le \lambda_t`, else there is no fixed scale, but the
+    direction stays the same if a loss (with its reference) and its gradient are multiplied by a number; heads are
+    weighted. An absent task is left out. One without ``n_t`` after the warm-up takes its present loss for it.
+    Raises: ``ValueError`` if an argument is out of range, or, with a warm-up, a loss is not above its reference (on the
+    CPU in any step, elsewhere in the first).
+    Paper: Lin et al., ICML 2024, arXiv:2402.19078, section 3. Departures: its code takes ``n`` from one epoch more, and
+    knows no preference after a warm-up.
+
+    Example:
+        >>> import torch
+        >>> STCH(2, mu=0.1, warmup_epochs=0).weights(torch.tensor([1.0, 2.0]))
+        tensor([0.0033, 0.4967])
+    """
+
+    preference: Tensor
+    reference: Tensor
+    nadir: Tensor
+    loss_sums: Tensor
+    loss_counts: Tensor
+    epochs: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        mu: float = 1.0,
+        weights: float | Sequence[float] | Mapping[str, float] | None = None,
+        reference: float | Sequence[float] | Mapping[str, float] | None = None,
+        warmup_epochs: int = 4,
+    ) -> None:
+        super().__init__(num_tasks)
+        check_number(mu, "mu", self, low=0.0, exclusive=True)
+        check_integer(warmup_epochs, "warmup_epochs", self, low=0)
+        self.mu, self.warmup_epochs, self._looked = mu, warmup_epochs, False
+        given = {"weights": weights, "reference": reference}
+        self._given = {name: dict(v) if isinstance(v, Mapping) else v for name, v in given.items()}
+        self.register_buffer("preference", self._resolve("weights"), persistent=False)
+        self.register_buffer("reference", self._resolve("reference"), persistent=False)
+        for name, start in (("nadir", float("nan")), ("loss_sums", 0.0), ("loss_counts", 0.0)):
+            self.register_buffer(name, torch.full((num_tasks,), start, dtype=torch.float64))
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.long))
+
+    def bind(self, names: Sequence[str]) -> None:
+        super().bind(names)
+        self.preference.copy_(self._resolve("weights"))
+        self.reference.copy_(self._resolve("reference"))
+
+    def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
+        if self.names is None and any(isinstance(given, dict) for given in self._given.values()):
+            raise bad_argument(
+                self, "weights", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
+            )
+        above = losses.double() - self.reference[tasks]
+        share = self.preference[tasks] / self.preference[tasks].sum()
+        if self.warmup_epochs == 0:
+            return (self.mu * torch.logsumexp(share * above / self.mu, 0) * one_or_nan(losses)).to(losses.dtype)
+        logs = log_losses(above, self, "reference", first=not self._looked)
+        self._looked = True
+        nadir = self.nadir[tasks].log()
+        ratios = logs - torch.where(nadir.isnan(), logs.detach(), nadir)
+        smooth = len(logs) * self.mu * torch.logsumexp(len(logs) * share * ratios / self.mu, 0)
+        # Not a branch, for which the host would have to wait.
+        objective = torch.where(self.epochs < self.warmup_epochs, logs.sum(), smooth)
+        return (objective * one_or_nan(losses)).to(losses.dtype)
+
+    def observe(self, losses: Tensor, tasks: Tasks = ALL) -> None:
+        self.loss_sums[tasks] += losses.double() - self.reference[tasks]
+        self.loss_counts[tasks] += 1
+
+    def end_epoch(self) -> None:
+        self.epochs += 1
+        due = self.nadir.isnan() & (self.epochs >= self.warmup_epochs)
+        self.nadir.copy_(torch.where(due, self.loss_sums / self.loss_counts, self.nadir))
+        self.loss_sums.zero_()
+        self.loss_counts.zero_()
+
+    def _resolve(self, name: str) -> Tensor:
+        values = torch.tensor(self._by_task(self._given[name], _DEFAULTS[name], name, float), dtype=torch.float64)
+        if not bool((values.isfinite() & ((values > 0) | (name == "reference"))).all()):
+            raise bad_argument(self, name, "be finite, and weights > 0", values.tolist(), "Choose other values")
+        return values
