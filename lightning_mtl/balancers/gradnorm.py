@@ -10,41 +10,35 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import bad_argument, check_choice, check_number
+from lightning_mtl.linalg import adam_step
 
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
+_SETTINGS = {"loss_offset": 0.0, "initial_losses": float("nan")}
 
 
 class GradNorm(GramBalancer):
     r"""Move each task's weighted gradient norm towards one that fits its training rate.
 
-    With :math:`n_t = \|\nabla_W \ell_t\|`, :math:`G_t = w_t n_t`, their mean :math:`\bar G`, and the relative
-    inverse training rate :math:`r_t = \frac{\ell_t / \ell_t(0)}{\mathrm{mean}_u\, \ell_u / \ell_u(0)}`, the weights
-    descend on :math:`\sum_t |G_t - \bar G r_t^\alpha|` with the target held constant. That gradient has a closed
-    form, :math:`\mathrm{sign}(G_t - \bar G r_t^\alpha)\, n_t`: no second-order graph is built.
+    With :math:`n_t = \|\nabla_W \ell_t\|`, :math:`G_t = w_t n_t`, their mean :math:`\bar G`, and the relative inverse
+    training rate :math:`r_t = \frac{\ell_t / \ell_t(0)}{\mathrm{mean}_u\, \ell_u / \ell_u(0)}`, the weights descend on
+    :math:`\sum_t |G_t - \bar G r_t^\alpha|` with the target held constant. That gradient has a closed form,
+    :math:`\mathrm{sign}(G_t - \bar G r_t^\alpha)\, n_t`: no second-order graph is built.
 
     Args:
         num_tasks: ``T``.
-        alpha: pull back towards equal rates, >= 0; the paper uses 1.5 (NYUv2) and 0.12 (toy). 0 makes all norms
-            equal.
+        alpha: pull back towards equal rates, >= 0; the paper uses 1.5 (NYUv2) and 0.12 (toy). 0 makes all norms equal.
         lr: of the Adam that moves the weights (the paper's 0.025).
-        norms_at: at level "parameters", "last_layer" takes the norms at the last shared layer (the paper's ``W``),
-            "shared" at all shared parameters. At level "features" they are taken at the features.
-        loss_offset: a number, or one per task, subtracted from the losses before ratios are formed; for losses
-            that can go negative pass a lower bound.
-        initial_losses: :math:`\ell_t(0)` if known (for cross-entropy over ``C`` classes ``log C``); otherwise each
-            task's first finite loss.
+        norms_at: "last_layer" (the paper's ``W``) or all "shared" parameters; at level "features" the features.
+        loss_offset: for losses that can go negative a lower bound, subtracted before ratios are formed.
+        initial_losses: :math:`\ell_t(0)` if known (``log C`` for ``C`` classes); else each task's first finite loss.
         every_n_steps: solve in every n-th step only.
 
     Shapes: gram ``[T, T]``, losses ``[T]`` -> weights ``[T]``.
-    State (buffers): ``task_weights``, ``initial_losses``, Adam's ``first_moment``, ``second_moment`` and
-    ``updates``, all ``[T]``.
-    Update: the weights sum to ``T``, so it has sum scale; scale-free; heads keep their own gradient unless the
-    module has ``weight_heads=True``. The weights used in a step are those from before it, as in algorithm 1.
-    Raises: ``ValueError`` if an argument is out of range, or in training if a loss is
-    below its offset, or not above it in the task's first step.
-    Paper: Chen et al., ICML 2018, arXiv:1711.02257, section 3 and algorithm 1. Departures: the gradient is divided
-    by the mean norm, so that Adam's epsilon has no unit; weights are kept >= 0.
+    State (``[T]``): ``task_weights``, ``initial_losses``, Adam's ``first_moment``, ``second_moment``, ``updates``.
+    Update: the weights sum to ``T``, so it has sum scale; scale-free; heads keep their own gradient unless the module
+    has ``weight_heads=True``. The weights used in a step are those from before it, as in algorithm 1.
+    Raises: ``ValueError`` if an argument is out of range, or a loss is below its offset (in its first step: at it).
+    Paper: Chen et al., ICML 2018, arXiv:1711.02257, section 3 and algorithm 1. Departures: the gradient is divided by
+    the mean norm, so that Adam's epsilon has no unit; weights are kept >= 0.
 
     Example:
         >>> import torch
@@ -76,55 +70,43 @@ class GradNorm(GramBalancer):
         check_number(lr, "lr", self, low=0.0, exclusive=True)
         check_choice(norms_at, ("last_layer", "shared"), "norms_at", self)
         self.alpha, self.lr, self.gram_at = alpha, lr, norms_at
-        self._offset_given = dict(loss_offset) if isinstance(loss_offset, Mapping) else loss_offset
-        self._initial_given = dict(initial_losses) if isinstance(initial_losses, Mapping) else initial_losses
-        nan = float("nan")
-        for name, values in {
-            "task_weights": [1.0] * num_tasks,
-            "initial_losses": self._by_task(self._initial_given, nan, "initial_losses", float),
-            "first_moment": [0.0] * num_tasks,
-            "second_moment": [0.0] * num_tasks,
-            "updates": [0.0] * num_tasks,
-        }.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
-        offset = torch.tensor(self._by_task(self._offset_given, 0.0, "loss_offset", float), dtype=torch.float64)
+        given = {"loss_offset": loss_offset, "initial_losses": initial_losses}
+        self._given = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        for name in ("first_moment", "second_moment", "updates"):
+            self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
+        self.register_buffer("task_weights", torch.ones(num_tasks, dtype=torch.float64))
+        offset, initial = self._resolve()
         self.register_buffer("loss_offset", offset, persistent=False)
-        self._check_given()
+        self.register_buffer("initial_losses", initial)
 
     def bind(self, names: Sequence[str]) -> None:
         super().bind(names)
-        if isinstance(self._offset_given, dict):
-            values = self._by_task(self._offset_given, 0.0, "loss_offset", float)
-            self.loss_offset.copy_(torch.tensor(values, dtype=torch.float64))
-        if isinstance(self._initial_given, dict):
-            values = self._by_task(self._initial_given, float("nan"), "initial_losses", float)
-            self.initial_losses.copy_(torch.tensor(values, dtype=torch.float64))
-        self._check_given()
+        for name, value in zip(_SETTINGS, self._resolve(), strict=True):
+            if isinstance(self._given[name], dict):
+                self.get_buffer(name).copy_(value)
 
-    def _check_given(self) -> None:
-        if self.names is None and isinstance(self._offset_given, dict):
-            return  # asked again when the names are known
-        if not bool(torch.isfinite(self.loss_offset).all()):
-            raise bad_argument(
-                self, "loss_offset", "be finite", self.loss_offset.tolist(), "Pass a lower bound of the losses"
-            )
-        if bool((self.initial_losses <= self.loss_offset).any()):  # NaN: not given
-            raise bad_argument(
-                self,
-                "initial_losses",
-                "lie above the offset, because the method divides by them",
-                self.initial_losses.tolist(),
-                "Leave them out, or pass a smaller loss_offset=",
-            )
+    def _resolve(self) -> list[Tensor]:
+        values = [self._by_task(self._given[name], default, name, float) for name, default in _SETTINGS.items()]
+        offset, initial = (torch.tensor(value, dtype=torch.float64) for value in values)
+        if not bool(torch.isfinite(offset).all()):
+            raise bad_argument(self, "loss_offset", "be finite", values[0], "Pass a lower bound of the losses")
+        early = self.names is None and isinstance(self._given["loss_offset"], dict)  # asked again when names are known
+        if not early and bool((initial <= offset).any()):  # NaN: not given
+            raise bad_argument(self, "initial_losses", "lie above the offset", values[1], "Pass a lower loss_offset=")
+        return [offset, initial]
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
-        used = self.task_weights[tasks].clone()
-        norms = gram.diagonal().clamp(min=0).sqrt()
-        ratios = self._ratios(losses, tasks)
-        weighted = used * norms
+        used, norms = self.task_weights[tasks].clone(), gram.diagonal().clamp(min=0).sqrt()
+        ratios, weighted = self._ratios(losses, tasks), used * norms
         if float(norms.mean()) > 0 and float(ratios.mean()) > 0:
             target = weighted.mean() * (ratios / ratios.mean()) ** self.alpha
-            self._descend(torch.sign(weighted - target) * norms / norms.mean(), tasks)
+            gradient = torch.sign(weighted - target) * norms / norms.mean()
+            step, self.first_moment[tasks], self.second_moment[tasks], self.updates[tasks] = adam_step(
+                gradient, self.first_moment[tasks], self.second_moment[tasks], self.updates[tasks], self.lr
+            )
+            moved = (used - step).clamp(min=0)
+            if float(moved.sum()) > 0:  # the present tasks' weights keep their sum, absent tasks theirs
+                self.task_weights[tasks] = moved * (used.sum() / moved.sum())
         return used
 
     def _ratios(self, losses: Tensor, tasks: Tasks) -> Tensor:
@@ -132,25 +114,7 @@ class GradNorm(GramBalancer):
         initial = self.initial_losses[tasks] - self.loss_offset[tasks]
         initial = torch.where(initial.isnan(), losses, initial)
         if not bool((losses >= 0).all() & (initial > 0).all()):
-            raise bad_argument(
-                self,
-                "losses",
-                "be >= 0 after the offset, and > 0 in a task's first step, because the method compares their ratios",
-                losses.tolist(),
-                "Pass loss_offset= with a lower bound of the losses, or initial_losses=",
-            )
+            want = "be >= 0 after the offset, and > 0 in a task's first step, because the method compares their ratios"
+            raise bad_argument(self, "losses", want, losses.tolist(), "Pass a lower loss_offset=, or initial_losses=")
         self.initial_losses[tasks] = initial + self.loss_offset[tasks]
         return losses / initial
-
-    def _descend(self, gradient: Tensor, tasks: Tasks) -> None:
-        """One Adam step of the present tasks' weights, which keep their sum: absent tasks keep theirs."""
-        total = self.task_weights[tasks].sum()
-        self.updates[tasks] += 1
-        first = _BETAS[0] * self.first_moment[tasks] + (1 - _BETAS[0]) * gradient
-        second = _BETAS[1] * self.second_moment[tasks] + (1 - _BETAS[1]) * gradient**2
-        self.first_moment[tasks], self.second_moment[tasks] = first, second
-        first = first / (1 - _BETAS[0] ** self.updates[tasks])
-        second = second / (1 - _BETAS[1] ** self.updates[tasks])
-        moved = (self.task_weights[tasks] - self.lr * first / (second.sqrt() + _EPSILON)).clamp(min=0)
-        if float(moved.sum()) > 0:
-            self.task_weights[tasks] = moved * (total / moved.sum())
