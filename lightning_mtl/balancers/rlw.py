@@ -49,7 +49,7 @@ class RLW(LossBalancer):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        logits = self._draw().to(losses.device)[tasks]
+        logits = self._draw().to(losses.device, non_blocking=True)[tasks]
         return losses @ torch.softmax(logits, 0).to(losses.dtype)
 
     def observe(self, losses: Tensor, tasks: Tasks = ALL) -> None:
