@@ -61,9 +61,10 @@ def check_losses(losses: Tensor, num_tasks: int, owner: object) -> None:
         )
 
 
-def check_gram(gram: Tensor, num_tasks: int, owner: object) -> None:
-    """Inner products, ``[T, T]``."""
-    if not isinstance(gram, Tensor) or gram.shape != (num_tasks, num_tasks):
+def check_gram(gram: Tensor, num_tasks: int, owner: object, *, grouped: bool = False) -> None:
+    """Inner products, ``[T, T]``, or ``[K, T, T]`` in groups."""
+    fine = isinstance(gram, Tensor) and gram.shape[-2:] == (num_tasks, num_tasks) and gram.ndim == 2 + grouped
+    if not fine:
         raise bad_argument(
             owner,
             "gram",
@@ -103,13 +104,24 @@ def check_choice(value: object, choices: Sequence[str], arg: str, owner: object)
         raise bad_argument(owner, arg, f"be one of {listed(choices)}", repr(value), "Choose one of these")
 
 
-def check_number(value: object, arg: str, owner: object, *, low: float | None = None, exclusive: bool = False) -> None:
-    """A finite real number, at least (or, if ``exclusive``, above) ``low``."""
+def check_number(
+    value: object,
+    arg: str,
+    owner: object,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    exclusive: bool = False,
+) -> None:
+    """A finite real number, at least (or, if ``exclusive``, above) ``low`` and at most ``high``."""
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if fine and low is not None:
         fine = value > low if exclusive else value >= low  # type: ignore[operator]
+    if fine and high is not None:
+        fine = value <= high  # type: ignore[operator]
     if not fine:
         bound = "" if low is None else f" {'>' if exclusive else '>='} {low:g}"
+        bound += "" if high is None else f" and <= {high:g}"
         raise bad_argument(owner, arg, f"be a finite number{bound}", repr(value), "Choose another value")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,11 +39,17 @@ class Balancer(nn.Module):
     Raises: ``ValueError`` if ``num_tasks`` is not an integer >= 1.
     """
 
+    #: Levels at which the method is defined.
+    levels: ClassVar[tuple[str, ...]] = ("parameters", "features")
+    #: Buffers that get their size in the first step: they hold something per shared parameter.
+    growing: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
         check_num_tasks(num_tasks, self)
         self.num_tasks = num_tasks
         self.names: tuple[str, ...] | None = None
+        self._settings: dict[str, tuple[object, float]] = {}
 
     def bind(self, names: Sequence[str]) -> None:
         """Learn the task names, in the order of every ``[T]`` tensor.
@@ -59,6 +65,28 @@ class Balancer(nn.Module):
                 f"Build it with num_tasks={len(names)}, or pass the balancer's name and let the module build it",
             )
         self.names = tuple(names)
+        for name in self._settings:
+            self._buffers[name].copy_(self._setting_values(name))  # type: ignore[union-attr]
+
+    def _setting(self, name: str, given: object, default: float) -> None:
+        """An argument with one number per task, kept in the buffer ``name`` ``[T]``: a setting, not state."""
+        self._settings[name] = (dict(given) if isinstance(given, Mapping) else given), default
+        self.register_buffer(name, self._setting_values(name), persistent=False)
+
+    def _setting_values(self, name: str) -> Tensor:
+        given, default = self._settings[name]
+        values = torch.tensor(self._by_task(given, default, name, float), dtype=torch.float64)
+        if not bool(torch.isfinite(values).all()):
+            raise bad_argument(self, name, "be finite", values.tolist(), "Remove the NaN or infinite entry")
+        return values
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # The size of these is known from the first step, or from a checkpoint, only.
+        for name in self.growing:
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.shape != self._buffers[name].shape:  # type: ignore[union-attr]
+                self._buffers[name] = self._buffers[name].new_empty(saved.shape)  # type: ignore[union-attr]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def combine(self, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """The update of the shared parameters, whatever the family of the method; counts as one step.
@@ -66,6 +94,21 @@ class Balancer(nn.Module):
         Shapes: rows ``[T, N]``, losses ``[T]``, present bool ``[T]`` -> ``[N]`` in the dtype of ``rows``.
         """
         raise NotImplementedError
+
+    def _place(self, task: int | str, arg: str) -> int:
+        """Where a task stands in the order; 0 as long as its name cannot be looked up."""
+        known = self.names if isinstance(task, str) else range(self.num_tasks)
+        if isinstance(task, str) and self.names is None:
+            return 0
+        if isinstance(task, bool) or known is None or task not in known:
+            raise bad_argument(
+                self,
+                arg,
+                f"be a task's name or a place in their order, 0 to {self.num_tasks - 1}",
+                repr(task),
+                f"The tasks are {listed(self.names or ())}",
+            )
+        return task if isinstance(task, int) else list(known).index(task)
 
     def end_epoch(self) -> None:
         """A training epoch has ended (for methods that compare epochs). Modules call it; plain loops call it too."""
@@ -229,7 +272,7 @@ class GramBalancer(Balancer):
             costs one ordinary backward. Overflows are noticed in steps with a solve only.
 
     State: ``step`` counts backwards (with accumulation several per optimizer step); one whose gram is not finite does
-    not count, unless it was to reuse its weights and had no gram. ``last_weights`` ``[T]``.
+    not count, unless it was to reuse its weights and had no gram. ``last_weights`` ``[T]`` (``[K, T]`` in groups).
     Raises: ``ValueError`` if ``every_n_steps`` is not an integer >= 1.
     """
 
@@ -237,13 +280,21 @@ class GramBalancer(Balancer):
     last_weights: Tensor
     #: Where the gram is taken at level "parameters": all shared parameters, or the last shared layer only.
     gram_at: Literal["shared", "last_layer"] = "shared"
+    #: Whether the method works on ``K`` groups of parameters apart: each parameter tensor, each layer, or all as one.
+    granularity: Literal["whole", "layer", "tensor"] = "whole"
+    #: Whether :meth:`weights` is written for groups: gram ``[K, P, P]`` -> weights ``[K, P]``.
+    grouped: ClassVar[bool] = False
+    #: Whether the method compares two independent halves of the batch: the gram is ``[2T, 2T]``, the rows of the first
+    #: halves before those of the second, each half's loss a share of the task's loss.
+    halves: ClassVar[bool] = False
 
     def __init__(self, num_tasks: int, every_n_steps: int = 1) -> None:
         super().__init__(num_tasks)
         check_integer(every_n_steps, "every_n_steps", self, low=1)
         self.every_n_steps = every_n_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.register_buffer("last_weights", torch.ones(num_tasks, dtype=torch.float64))
+        shape = (1, num_tasks) if self.grouped else (num_tasks,)
+        self.register_buffer("last_weights", torch.ones(shape, dtype=torch.float64))
 
     @abstractmethod
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
@@ -252,6 +303,17 @@ class GramBalancer(Balancer):
         Shapes: gram float64 ``[P, P]``, losses float64 ``[P]``, ``tasks`` indexes ``[T]`` state -> ``[P]``.
         Called with finite numbers and ``P >= 1`` only, without autograd.
         """
+
+    def private_weights(self, losses: Tensor, present: Tensor | None = None) -> Tensor | None:
+        """Factors of the heads' own gradients, for methods that scale the losses; ``None`` for 1 each.
+
+        Shapes: losses ``[T]`` (averaged over the ranks), present bool ``[T]`` -> ``[T]``.
+        """
+        return None
+
+    def own_objective(self, losses: Tensor, present: Tensor | None = None) -> Tensor | None:
+        """What the balancer's own parameters minimise, if it has any. Shapes: losses ``[T]``, detached -> ``[]``."""
+        return None
 
     @property
     def due(self) -> bool:
@@ -265,47 +327,148 @@ class GramBalancer(Balancer):
         A gram or loss that is not finite gives NaN weights and moves no state, so that a gradient scaler skips
         the step. An absent task gets weight 0 and its state does not move.
 
-        Shapes: gram ``[T, T]``, losses ``[T]``, present bool ``[T]`` -> float64 ``[T]`` on the CPU.
+        Shapes: gram ``[T, T]`` (``[2T, 2T]`` with halves, ``[K, T, T]`` in groups), losses ``[T]``, present bool
+        ``[T]`` -> float64 ``[T]`` (``[K, T]``) on the CPU.
         """
-        check_gram(gram, self.num_tasks, self)
+        check_gram(gram, self.num_tasks * (2 if self.halves else 1), self, grouped=self.grouped)
         check_losses(losses, self.num_tasks, self)
         gram, losses = (x.detach().to(self.step.device, torch.float64) for x in (gram, losses))
-        weights = torch.zeros_like(losses)
+        weights = losses.new_zeros((*gram.shape[:-2], self.num_tasks))
         tasks = ALL
         if present is not None:
             check_present(present, self.num_tasks, self)
             if not bool(present.all()):
                 tasks = present.to(losses.device).nonzero().squeeze(1)
-                gram, losses = gram[tasks][:, tasks], losses[tasks]
+                rows = torch.cat([tasks, tasks + self.num_tasks]) if self.halves else tasks
+                gram, losses = gram[..., rows, :][..., rows], losses[tasks]
         if len(losses) == 0:
             return weights
         # One number instead of a mask: a sum is finite only if all its terms are.
         if not math.isfinite(gram.sum().item() + losses.sum().item()):
             return weights.fill_(float("nan"))
+        if self.last_weights.shape != weights.shape:
+            self.last_weights = weights.new_ones(weights.shape)
         solved = self.weights(gram, losses, tasks)
         if tasks is ALL:
             weights.copy_(solved)
             self.last_weights.copy_(solved)
         else:
-            weights[tasks] = self.last_weights[tasks] = solved
+            weights[..., tasks] = self.last_weights[..., tasks] = solved
         self.step += 1
         return weights
 
     @torch.no_grad()
     def reuse(self, present: Tensor | None = None) -> Tensor:
-        """One step without a solve: the last weights, 0 for absent tasks. Shapes: present ``[T]`` -> ``[T]``."""
+        """One step without a solve: the last weights, 0 for absent tasks. Shapes: present ``[T]`` -> as forward."""
         self.step += 1
         if present is None:
             return self.last_weights.clone()
         return self.last_weights * present.to(self.last_weights.device)
 
-    def combine(self, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
-        check_rows(rows, self.num_tasks, self)
-        weights = self(gram_of(rows), losses, present) if self.due else self.reuse(present)
-        return weights.to(rows.device, rows.dtype) @ rows
+    def combine(
+        self, rows: Tensor, losses: Tensor, present: Tensor | None = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
+        """As for every balancer; ``sizes`` are the widths of the ``K`` groups, by default one of all ``N``.
+
+        With halves, rows ``[2T, N]``.
+        """
+        check_rows(rows, self.num_tasks * (2 if self.halves else 1), self)
+        parts = rows.split(list(sizes or [rows.shape[1]]), dim=1)
+        if self.due:
+            gram = torch.stack([gram_of(part) for part in parts]) if self.grouped else gram_of(rows)
+            weights = self(gram, losses, present)
+        else:
+            weights = self.reuse(present)
+        if self.halves:
+            weights = weights.repeat(2)
+        weights = weights.to(rows.device, rows.dtype)
+        if not self.grouped:
+            return weights @ rows
+        return torch.cat([weight @ part for weight, part in zip(weights, parts, strict=True)])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GramBalancer:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         self._keep_buffers(before, on_cpu=True)
+        return self
+
+
+class RowBalancer(Balancer):
+    """A method that needs the task gradients themselves: it looks at single coordinates, or keeps a memory of rows.
+
+    Every process gets the rows averaged over all of them. Buffers follow the module's device and keep their dtype;
+    those that hold something per parameter get their size in the first step (or from a checkpoint).
+
+    State: ``step`` counts the updates that were finite, ``last_weights`` ``[T]`` are the weights behind the last one,
+    NaN for a method that has none.
+    """
+
+    step: Tensor
+    last_weights: Tensor
+    levels: ClassVar[tuple[str, ...]] = ("parameters",)
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__(num_tasks)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last_weights", torch.full((num_tasks,), float("nan"), dtype=torch.float64))
+
+    @abstractmethod
+    def update(self, rows: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
+        """The update from the rows of the present tasks; may move state. Overridden by each method.
+
+        Shapes: rows ``[P, N]``, losses float64 ``[P]``, ``tasks`` indexes ``[T]`` state -> ``[N]``.
+        Called with finite numbers and ``P >= 1`` only, without autograd.
+        """
+
+    def private_weights(self, losses: Tensor, present: Tensor | None = None) -> Tensor | None:
+        """See :meth:`GramBalancer.private_weights`."""
+        return None
+
+    @torch.no_grad()
+    def combine(self, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        """One step: check, drop absent tasks, :meth:`update`. Final.
+
+        Rows or losses that are not finite give a NaN update and move no state.
+
+        Shapes: rows ``[T, N]``, losses ``[T]``, present bool ``[T]`` -> ``[N]``.
+        """
+        check_rows(rows, self.num_tasks, self)
+        check_losses(losses, self.num_tasks, self)
+        losses = losses.detach().to(rows.device, torch.float64)
+        tasks = ALL
+        if present is not None:
+            check_present(present, self.num_tasks, self)
+            if not bool(present.all()):
+                tasks = present.to(rows.device).nonzero().squeeze(1)
+                rows, losses = rows[tasks], losses[tasks]
+        if len(losses) == 0:
+            return rows.new_zeros(rows.shape[1])
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        if not bool(torch.isfinite(wide).all() & torch.isfinite(losses).all()):
+            return rows.new_full((rows.shape[1],), float("nan"))
+        result = self.update(wide, losses, tasks).to(rows.dtype)
+        self.step += 1
+        return result
+
+    def _grown(self, name: str, rows: Tensor) -> Tensor:
+        """The buffer ``name``, ``[T, N]``, made of zeros at the first step."""
+        buffer = self._buffers[name]
+        assert buffer is not None
+        if buffer.shape[1] != rows.shape[1]:
+            if buffer.shape[1]:
+                raise bad_argument(
+                    self,
+                    "rows",
+                    f"have {buffer.shape[1]} columns, as many as before",
+                    rows.shape[1],
+                    "Do not freeze or unfreeze shared parameters in between, or build a new balancer then",
+                )
+            self._buffers[name] = rows.new_zeros((self.num_tasks, rows.shape[1]))
+        grown: Tensor = getattr(self, name)
+        return grown
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowBalancer:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._keep_buffers(before, on_cpu=False)
         return self

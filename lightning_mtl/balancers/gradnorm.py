@@ -115,6 +115,6 @@ class GradNorm(GramBalancer):
         initial = torch.where(initial.isnan(), losses, initial)
         if not bool((losses >= 0).all() & (initial > 0).all()):
             want = "be >= 0 after the offset, and > 0 in a task's first step, because the method compares their ratios"
-            raise bad_argument(self, "losses", want, losses.tolist(), "Pass a lower loss_offset=, or initial_losses=")
+            raise bad_argument(self, "losses", want, losses.tolist(), "Pass loss_offset= below it, or initial_losses=")
         self.initial_losses[tasks] = initial + self.loss_offset[tasks]
         return losses / initial

@@ -1,0 +1,98 @@
+"""PCD: follow the primary task, but give each secondary task its share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers.base import GramBalancer, Tasks
+from lightning_mtl.checks import bad_argument, check_number
+from lightning_mtl.linalg import nonnegative_qp, unit_gram
+
+#: A direction whose squared length is this small against its parts is what rounding leaves of zero.
+_NOTHING = 1e-14
+
+
+class PCD(GramBalancer):
+    r"""Priority-constrained descent: among the directions with :math:`\tilde g_j^\top d \ge \tau_j \|\tilde g_j\|^2` for
+    each secondary task the one nearest to the primary gradient, as long as that.
+
+    Args:
+        num_tasks: ``T``.
+        primary: which task comes first: its name, or its place in the order.
+        tau: the share in [0, 1] of the progress along its own gradient that a secondary task is promised: one number,
+            ``T`` of them (the primary's is not used), or a mapping of task names; 0.02 by default.
+        beta: how much of the moving average of the squared norms is kept per step, in [0, 1). Gradients are divided by
+            its root (:math:`\tilde g`).
+        every_n_steps: solve in every n-th step only.
+
+    Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``, >= 0.
+    State: that of :class:`GramBalancer`, ``squares`` and ``updates`` of the moving averages, ``[T]``.
+    Update: as long as the primary gradient; scale-free; a secondary loss in other units changes nothing; heads keep
+    their own gradient.
+    Promises: every secondary task advances (for ``tau > 0``), as far as the constraints do not contradict each other; if
+    they do, or if nothing is left, the primary gradient alone. A primary gradient of zero: zero. Without the primary
+    task in a batch, the mean of the others.
+    Raises: ``ValueError`` if an option is out of range or no task has the name.
+    Paper: "Not All Objectives Are Born Equal: Priority-Constrained Descent", TMLR 2026, arXiv:2606.29521. Departure: no
+    constant is added to the moving average, so that no unit matters.
+
+    Example:
+        >>> import torch
+        >>> PCD(2, tau=0.0).combine(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), torch.ones(2))
+        tensor([0.7071, 0.7071])
+    """
+
+    tau: Tensor
+    squares: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        primary: int | str = 0,
+        tau: float | Sequence[float] | Mapping[str, float] = 0.02,
+        beta: float = 0.999,
+        every_n_steps: int = 1,
+    ) -> None:
+        super().__init__(num_tasks, every_n_steps)
+        check_number(beta, "beta", self, low=0.0, high=1.0)
+        self.primary, self.beta = primary, beta
+        self._place(primary, "primary")
+        self._setting("tau", tau, 0.02)
+        if not bool(((self.tau >= 0) & (self.tau <= 1)).all()):
+            raise bad_argument(self, "tau", "lie in [0, 1]", self.tau.tolist(), "Choose smaller shares")
+        for name in ("squares", "updates"):
+            self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
+
+    def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
+        unit, norms = unit_gram(gram.numpy())
+        self.squares[tasks] = self.beta * self.squares[tasks] + (1 - self.beta) * gram.diagonal().clamp(min=0)
+        self.updates[tasks] += 1
+        usual = torch.sqrt(self.squares[tasks] / (1 - self.beta ** self.updates[tasks])).numpy()
+        index = torch.arange(self.num_tasks)[tasks].tolist()
+        primary = self._place(self.primary, "primary")
+        if primary not in index:
+            return torch.full_like(losses, 1 / len(losses))
+        place = index.index(primary)
+        weights = np.zeros(len(norms))
+        weights[place] = 1.0
+        others = (np.arange(len(norms)) != place) & (norms > 0)
+        if norms[place] > 0 and others.any():
+            # In unit rows: |g~| = norms / usual.
+            length = norms / usual
+            wanted = self.tau[tasks].numpy()[others] * length[others] - unit[others, place] * length[place]
+            inside = unit[others][:, others]
+            pushes = nonnegative_qp(inside, -wanted[None])[0]
+            made = inside @ pushes - wanted
+            mixed = np.zeros(len(norms))
+            mixed[place], mixed[others] = length[place], pushes
+            square = float(mixed @ unit @ mixed)
+            kept = made.min() >= -1e-6 * length.max()
+            if kept and square > _NOTHING * float(np.abs(mixed).sum()) ** 2:
+                weights = np.divide(mixed, norms, out=np.zeros_like(mixed), where=norms > 0)
+                weights *= norms[place] / np.sqrt(square)
+        return torch.from_numpy(weights)

@@ -1,0 +1,74 @@
+"""The dual of CAGrad: weights on the simplex whose direction is added to the mean gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_mtl.linalg.simplex import simplex_qp
+from lightning_mtl.linalg.unit import unit_gram
+
+Array = np.ndarray
+_EPS = float(np.finfo(np.float64).eps)
+
+
+def cagrad_dual(gram: Array, c: float, share: float = 1.0) -> Array:
+    r"""Minimise :math:`g_w^\top g_0 + c \|g_0\| \|g_w\|` over the simplex, :math:`g_w = J^\top w`.
+
+    :math:`g_0` is ``share`` times the mean row: the mean over more rows, the others zero.
+
+    The minimiser also minimises :math:`\tfrac12 \|g_w\|^2 + t\, g_w^\top g_0` for the ``t`` at which
+    :math:`\|g_w\| = t c \|g_0\|`. For a given ``t`` that is a quadratic program; on its support ``w`` is linear in
+    ``t``, so the right ``t`` is the root of a quadratic equation. A handful of rounds finds support and ``t``, with
+    bisection as a safeguard.
+
+    Shapes: gram ``[T, T]`` without rows of zeros, c > 0 -> ``[T]``, >= 0, summing to 1.
+    """
+    unit, norms = unit_gram(gram)
+    pull = share * gram.mean(1)
+    radius = c * np.sqrt(max(share * float(pull.mean()), 0.0))
+    low, high, t = 0.0, np.inf, 0.0
+    w: Array | None = None
+    for _ in range(100):
+        w = simplex_qp(unit, norms, t * pull, w)
+        length = _length(unit, norms, w)
+        excess = length - t * radius
+        low, high = (t, high) if excess > 0 else (low, t)
+        if abs(excess) <= 4 * _EPS * (length + t * radius) or low * (1 + 4 * _EPS) >= high:
+            break
+        t = _root(unit, norms, pull, w > 0, radius)
+        if not low < t < high:
+            t = (low + high) / 2 if np.isfinite(high) else 2 * low + length / radius
+    assert w is not None
+    return w
+
+
+def _length(unit: Array, norms: Array, w: Array) -> float:
+    scaled = w * norms
+    return float(np.sqrt(max(scaled @ unit @ scaled, 0.0)))
+
+
+def _root(unit: Array, norms: Array, pull: Array, support: Array, radius: float) -> float:
+    """The ``t > 0`` at which the minimiser on this support has length ``t * radius``; NaN if there is none."""
+    n, b = norms[support], pull[support]
+    count, smallest = len(n), n.min()
+    system = np.zeros((count + 1, count + 1))
+    system[:count, :count] = unit[support][:, support]
+    system[:count, count] = system[count, :count] = smallest / n
+    sides = np.zeros((count + 1, 2))
+    sides[count, 0] = smallest
+    sides[:count, 1] = -b / n
+    try:
+        fixed, moving = np.linalg.solve(system, sides)[:count].T
+    except np.linalg.LinAlgError:
+        return float("nan")
+    inside = system[:count, :count]
+    square = float(moving @ inside @ moving) - radius**2
+    mixed = float(fixed @ inside @ moving)
+    constant = float(fixed @ inside @ fixed)
+    root = mixed**2 - square * constant
+    if root < 0:
+        return float("nan")
+    # The form without cancellation; the roots have the signs of constant / square.
+    q = -(mixed + np.copysign(np.sqrt(root), mixed))
+    found = [x for x in (q / square if square else np.nan, constant / q if q else np.nan) if x > 0]
+    return min(found, default=float("nan"))

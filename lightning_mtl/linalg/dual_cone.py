@@ -1,0 +1,115 @@
+"""Projection on the cone of directions that no row opposes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+_EPS = float(np.finfo(np.float64).eps)
+#: Where the constraints contradict each other, how far (as a cosine, squared) they may give way.
+_RIDGE = 1e-10
+
+
+def project_on_dual_cone(unit: Array, vectors: Array) -> Array:
+    r"""The nearest vectors :math:`v` with :math:`Jv \ge 0`, for vectors in the span of the rows.
+
+    Shapes: unit gram ``[T, T]`` of the rows, vectors ``[B, T]`` as weights on the unit rows -> ``[B, T]``, the same.
+    """
+    size = np.abs(vectors).max(1, keepdims=True)
+    scaled = np.divide(vectors, size, out=np.zeros_like(vectors), where=size > 0)
+    pushed: Array = scaled + nonnegative_qp(unit, scaled @ unit)
+    # What is left of a vector that was cut to nothing is rounding.
+    length = np.einsum("bi,bi->b", pushed @ unit, pushed)
+    noise = 64 * _EPS * len(unit) * np.square(pushed).sum(1).clip(1)
+    pushed[length <= noise] = 0
+    return pushed * size
+
+
+def nonnegative_qp(unit: Array, linear: Array) -> Array:
+    r"""Minimise :math:`\tfrac12 y^\top C y + q^\top y` over :math:`y \ge 0`, a batch of them at once.
+
+    Block principal pivoting (Judice and Pires, Computers & OR 21, 1994) on the whole batch. Where rows depend on each
+    other, single pivots (Lawson and Hanson 1974, chapter 23). Where there is no minimum, because ``q`` asks for what
+    the rows forbid, the minimum with ``C`` a little raised on its diagonal.
+
+    Shapes: unit ``[T, T]``, diagonal 1 or 0, linear ``[B, T]`` -> ``[B, T]``.
+    """
+    found = _block_pivoting(unit, linear)
+    for index in np.flatnonzero(~_optimal(unit, linear, found)):
+        row = linear[index : index + 1]
+        single = _single_pivoting(unit, row[0])[None]
+        if not _optimal(unit, row, single)[0]:
+            single = _single_pivoting(unit + _RIDGE * np.eye(len(unit)), row[0])[None]
+        found[index] = single[0]
+    return found
+
+
+def _tolerance(linear: Array, y: Array) -> Array:
+    """What rounding leaves in ``C y + q``."""
+    bound: Array = 32 * _EPS * (np.abs(linear).max(-1, keepdims=True) + np.abs(y).sum(-1, keepdims=True))
+    return bound
+
+
+def _optimal(unit: Array, linear: Array, y: Array) -> Array:
+    slope = y @ unit + linear
+    bound = _tolerance(linear, y)
+    with np.errstate(invalid="ignore"):
+        fine: Array = ((y >= 0) & (slope >= -bound) & ((y == 0) | (slope <= bound))).all(1)
+    return fine
+
+
+def _block_pivoting(unit: Array, linear: Array) -> Array:
+    batch, size = linear.shape
+    free = linear < 0
+    result = np.zeros_like(linear)
+    left, patience = np.arange(batch), np.full(batch, 3)
+    fewest = np.full(batch, size + 1)
+    eye = np.eye(size, dtype=bool)
+    for _ in range(3 * size + 10):
+        chosen = free[left]
+        system = np.where(chosen[:, :, None] & chosen[:, None, :], unit, eye)
+        try:
+            y = np.linalg.solve(system, np.where(chosen, -linear[left], 0)[..., None])[..., 0]
+        except np.linalg.LinAlgError:
+            break
+        slope = y @ unit + linear[left]
+        bound = _tolerance(linear[left], y)
+        wrong = np.where(chosen, y < 0, slope < -bound)
+        count = wrong.sum(1)
+        result[left] = np.where(chosen, y, 0)
+        improved = count < fewest[left]
+        fewest[left] = np.minimum(count, fewest[left])
+        patience[left] = np.where(improved, 3, patience[left] - 1)
+        # Without progress for three rounds only the last wrong index moves, which cannot cycle (Murty 1974).
+        last = size - 1 - wrong[:, ::-1].argmax(1)
+        only_last = wrong & (np.arange(size) == last[:, None])
+        free[left] = chosen ^ np.where((patience[left] > 0)[:, None], wrong, only_last)
+        left = left[count > 0]
+        if len(left) == 0:
+            break
+    return result
+
+
+def _single_pivoting(unit: Array, linear: Array) -> Array:
+    size = len(linear)
+    y, free = np.zeros(size), np.zeros(size, bool)
+    for _ in range(10 * size + 50):
+        slope = unit @ y + linear
+        slope[free] = np.inf
+        worst = int(np.argmin(slope))
+        if slope[worst] >= -_tolerance(linear, y)[0]:
+            break
+        free[worst] = True
+        while True:
+            aim = np.zeros(size)
+            aim[free] = np.linalg.lstsq(unit[free][:, free], -linear[free], rcond=_EPS * size)[0]
+            falling = free & (aim <= 0)
+            if not falling.any():
+                y = aim
+                break
+            ways = np.divide(y, y - aim, out=np.zeros(size), where=falling & (y > aim))
+            step = min(ways[falling].min(), 1.0)
+            y = y + step * (aim - y)
+            free &= ~(falling & (ways <= step))
+            y[~free] = 0
+    return y

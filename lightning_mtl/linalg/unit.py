@@ -1,0 +1,62 @@
+"""A gram without the lengths of its rows: what remains are cosines, on which tolerances mean the same everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+
+#: Eigenvalues of a unit gram below this (times ``T``) count as 0. Float32 rows that depend on each other leave about
+#: 1e-14 there.
+RANK_TOLERANCE = 1e-12
+
+
+def unit_gram(gram: Array) -> tuple[Array, Array]:
+    """Split ``gram = diag(norms) @ unit @ diag(norms)``; a row of norm 0 has zeros in ``unit``, off the diagonal too.
+
+    Shapes: gram ``[T, T]`` -> unit ``[T, T]`` with diagonal 1 (or 0), norms ``[T]``.
+    """
+    norms = np.sqrt(np.maximum(gram.diagonal(), 0.0))
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    unit = gram * inverse * inverse[:, None]
+    np.fill_diagonal(unit, norms > 0)
+    return unit, norms
+
+
+def divided(numerator: Array, norms: Array) -> Array:
+    """``numerator / norms``, 0 where the norm is 0. Shapes: ``[..., T]`` and ``[T]`` -> ``[..., T]``."""
+    return np.divide(numerator, norms, out=np.zeros(np.broadcast(numerator, norms).shape), where=norms > 0)
+
+
+def factor(unit: Array) -> Array:
+    """Rows of the lowest dimension with this gram: ``unit = factor @ factor.T``.
+
+    The rank is decided here: directions with an eigenvalue below ``RANK_TOLERANCE * T`` are dropped.
+
+    Shapes: unit ``[T, T]`` -> ``[T, r]``.
+    """
+    values, vectors = np.linalg.eigh(unit)
+    kept = values > RANK_TOLERANCE * len(unit)
+    result: Array = vectors[:, kept] * np.sqrt(values[kept])
+    return result
+
+
+def solve_symmetric(unit: Array, right: Array) -> Array:
+    """Least-squares solution of smallest norm of ``unit @ x = right``, with one step of refinement.
+
+    Shapes: unit ``[T, T]``, right ``[T]`` -> ``[T]``.
+    """
+    values, vectors = np.linalg.eigh(unit)
+    kept = values > RANK_TOLERANCE * len(unit)
+    inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+    x = inverse @ right
+    refined: Array = x + inverse @ (right - unit @ x)
+    return refined
+
+
+def equal_angles(unit: Array) -> Array:
+    """Weights on the unit rows whose combination has the inner product 1 with each of them, or comes closest to it.
+
+    Shapes: unit ``[T, T]`` -> ``[T]``.
+    """
+    return solve_symmetric(unit, (unit.diagonal() > 0).astype(float))
