@@ -65,19 +65,14 @@ class FAMO(LossBalancer):
         check_number(gamma, "gamma", self, low=0.0)
         check_number(lr, "lr", self, low=0.0, exclusive=True)
         self.gamma, self.lr = gamma, lr
-        self._given = dict(min_losses) if isinstance(min_losses, Mapping) else min_losses
         self._looked = False
         for name in _MOVING:
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("last_logs", torch.full((num_tasks,), float("nan"), dtype=torch.float64))
-        self.register_buffer("min_losses", self._resolve(), persistent=False)
-
-    def bind(self, names: Sequence[str]) -> None:
-        super().bind(names)
-        self.min_losses.copy_(self._resolve())
+        self._setting("min_losses", min_losses, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if isinstance(self._given, dict) and self.names is None:
+        if self.names is None and isinstance(self._settings["min_losses"][0], dict):
             raise bad_argument(
                 self, "min_losses", "be numbers while names are unknown", "a mapping", "Call bind(names) first"
             )
@@ -105,9 +100,3 @@ class FAMO(LossBalancer):
         gradient = share * (drop - share @ drop) + self.gamma * logits
         step, *moments = adam_step(gradient, first, second, updates, self.lr)
         return tuple(torch.where(known, *pair) for pair in zip((logits - step, *moments), old, strict=True))
-
-    def _resolve(self) -> Tensor:
-        bounds = torch.tensor(self._by_task(self._given, 0.0, "min_losses", float), dtype=torch.float64)
-        if not bool(torch.isfinite(bounds).all()):
-            raise bad_argument(self, "min_losses", "be finite", bounds.tolist(), "Pass lower bounds of the losses")
-        return bounds

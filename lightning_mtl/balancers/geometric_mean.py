@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
@@ -43,17 +42,11 @@ class GeometricMean(LossBalancer):
         self, num_tasks: int, loss_offset: float | Sequence[float] | Mapping[str, float] | None = None
     ) -> None:
         super().__init__(num_tasks)
-        self._given = dict(loss_offset) if isinstance(loss_offset, Mapping) else loss_offset
         self._looked = False
-        # A setting, not state: a checkpoint must not bring an old one back.
-        self.register_buffer("loss_offset", self._resolve(), persistent=False)
-
-    def bind(self, names: Sequence[str]) -> None:
-        super().bind(names)
-        self.loss_offset.copy_(self._resolve())
+        self._setting("loss_offset", loss_offset, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if isinstance(self._given, dict) and self.names is None:
+        if self.names is None and isinstance(self._settings["loss_offset"][0], dict):
             raise bad_argument(
                 self, "loss_offset", "be numbers while names are unknown", "a mapping", "Call bind(names) first"
             )
@@ -61,9 +54,3 @@ class GeometricMean(LossBalancer):
         logs = log_losses(above, self, "loss_offset", first=not self._looked)
         self._looked = True
         return logs.mean().exp() * one_or_nan(losses)
-
-    def _resolve(self) -> Tensor:
-        offset = torch.tensor(self._by_task(self._given, 0.0, "loss_offset", float), dtype=torch.float64)
-        if not bool(torch.isfinite(offset).all()):
-            raise bad_argument(self, "loss_offset", "be finite", offset.tolist(), "Pass a lower bound of the losses")
-        return offset
