@@ -5,19 +5,32 @@
 Fixed()
 """
 
+from lightning_mtl.balancers.aligned import Aligned as Aligned
 from lightning_mtl.balancers.base import Balancer as Balancer
 from lightning_mtl.balancers.base import GramBalancer as GramBalancer
 from lightning_mtl.balancers.base import LossBalancer as LossBalancer
+from lightning_mtl.balancers.cagrad import CAGrad as CAGrad
+from lightning_mtl.balancers.config import ConFIG as ConFIG
 from lightning_mtl.balancers.cosmos import COSMOS as COSMOS
+from lightning_mtl.balancers.db_mtl import DBMTL as DBMTL
 from lightning_mtl.balancers.dtp import DTP as DTP
+from lightning_mtl.balancers.dualproj import DualProj as DualProj
 from lightning_mtl.balancers.dwa import DWA as DWA
+from lightning_mtl.balancers.fairgrad import FairGrad as FairGrad
 from lightning_mtl.balancers.famo import FAMO as FAMO
 from lightning_mtl.balancers.fixed import Fixed as Fixed
 from lightning_mtl.balancers.geometric_mean import GeometricMean as GeometricMean
 from lightning_mtl.balancers.gradnorm import GradNorm as GradNorm
+from lightning_mtl.balancers.gradvac import GradVac as GradVac
+from lightning_mtl.balancers.imtl_g import IMTLG as IMTLG
 from lightning_mtl.balancers.imtl_l import IMTLL as IMTLL
+from lightning_mtl.balancers.krum import Krum as Krum
 from lightning_mtl.balancers.log_sum import LogSum as LogSum
+from lightning_mtl.balancers.metabalance import MetaBalance as MetaBalance
+from lightning_mtl.balancers.mgda import MGDA as MGDA
+from lightning_mtl.balancers.nash import Nash as Nash
 from lightning_mtl.balancers.pbi import PBI as PBI
+from lightning_mtl.balancers.pcd import PCD as PCD
 from lightning_mtl.balancers.pcgrad import PCGrad as PCGrad
 from lightning_mtl.balancers.registry import BalancerSpec as BalancerSpec
 from lightning_mtl.balancers.registry import available as available
@@ -26,3 +39,4 @@ from lightning_mtl.balancers.registry import resolve as resolve
 from lightning_mtl.balancers.rlw import RLW as RLW
 from lightning_mtl.balancers.stch import STCH as STCH
 from lightning_mtl.balancers.uncertainty import Uncertainty as Uncertainty
+from lightning_mtl.balancers.upgrad import UPGrad as UPGrad
