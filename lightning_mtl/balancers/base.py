@@ -49,7 +49,7 @@ class Balancer(nn.Module):
         check_num_tasks(num_tasks, self)
         self.num_tasks = num_tasks
         self.names: tuple[str, ...] | None = None
-        self._settings: dict[str, tuple[object, float]] = {}
+        self._settings: dict[str, tuple[object, float, float, float]] = {}
 
     def bind(self, names: Sequence[str]) -> None:
         """Learn the task names, in the order of every ``[T]`` tensor.
@@ -68,16 +68,20 @@ class Balancer(nn.Module):
         for name in self._settings:
             self._buffers[name].copy_(self._setting_values(name))  # type: ignore[union-attr]
 
-    def _setting(self, name: str, given: object, default: float) -> None:
+    def _setting(
+        self, name: str, given: object, default: float, low: float = -math.inf, high: float = math.inf
+    ) -> None:
         """An argument with one number per task, kept in the buffer ``name`` ``[T]``: a setting, not state."""
-        self._settings[name] = (dict(given) if isinstance(given, Mapping) else given), default
+        self._settings[name] = (dict(given) if isinstance(given, Mapping) else given), default, low, high
         self.register_buffer(name, self._setting_values(name), persistent=False)
 
     def _setting_values(self, name: str) -> Tensor:
-        given, default = self._settings[name]
+        given, default, low, high = self._settings[name]
         values = torch.tensor(self._by_task(given, default, name, float), dtype=torch.float64)
-        if not bool(torch.isfinite(values).all()):
-            raise bad_argument(self, name, "be finite", values.tolist(), "Remove the NaN or infinite entry")
+        if not bool((torch.isfinite(values) & (values >= low) & (values <= high)).all()):
+            bound = "be finite" if math.isinf(low) else f"be finite and >= {low:g}"
+            bound += "" if math.isinf(high) else f" and <= {high:g}"
+            raise bad_argument(self, name, bound, values.tolist(), "Change the entry that is not")
         return values
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

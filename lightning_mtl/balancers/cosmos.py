@@ -17,7 +17,7 @@ class COSMOS(LossBalancer):
 
     Args:
         num_tasks: ``T``.
-        weights: the preference, > 0: one number, a sequence of ``T``, or a mapping of task names (a task left out has
+        preference: > 0, one number, a sequence of ``T``, or a mapping of task names (a task left out has
             1); divided by their sum over the present tasks they are ``r``, by default ``1 / T`` each.
         strength: :math:`\lambda`, >= 0, how much the angle counts. The paper chooses it per data set; 0 is a weighted
             sum.
@@ -40,23 +40,19 @@ class COSMOS(LossBalancer):
     def __init__(
         self,
         num_tasks: int,
-        weights: float | Sequence[float] | Mapping[str, float] | None = None,
+        preference: float | Sequence[float] | Mapping[str, float] | None = None,
         strength: float = 1.0,
     ) -> None:
         super().__init__(num_tasks)
         check_number(strength, "strength", self, low=0.0)
-        self.strength, self._given = strength, dict(weights) if isinstance(weights, Mapping) else weights
+        self.strength = strength
         # A setting, not state: a checkpoint must not bring an old one back.
-        self.register_buffer("preference", self._resolve(), persistent=False)
-
-    def bind(self, names: Sequence[str]) -> None:
-        super().bind(names)
-        self.preference.copy_(self._resolve())
+        self._setting("preference", preference, 1.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and isinstance(self._given, dict):
+        if self.names is None and any(isinstance(setting[0], dict) for setting in self._settings.values()):
             raise bad_argument(
-                self, "weights", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
+                self, "preference", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
             )
         preference = self.preference[tasks].to(losses.dtype)
         share = preference / preference.sum()
@@ -66,8 +62,8 @@ class COSMOS(LossBalancer):
         cosine = (share @ scaled) / (share.norm() * scaled.norm().clamp(min=0.5))
         return (share @ losses - self.strength * torch.where(largest > 0, cosine, 0)) * one_or_nan(losses)
 
-    def _resolve(self) -> Tensor:
-        weights = torch.tensor(self._by_task(self._given, 1.0, "weights", float), dtype=torch.float64)
-        if not bool((weights.isfinite() & (weights > 0)).all()):
-            raise bad_argument(self, "weights", "be finite and > 0", weights.tolist(), "Choose other weights")
-        return weights
+    def _setting_values(self, name: str) -> Tensor:
+        values = super()._setting_values(name)
+        if name == "preference" and not bool((values > 0).all()):
+            raise bad_argument(self, name, "be > 0", values.tolist(), "Leave out a task that shall not count")
+        return values

@@ -11,19 +11,17 @@ from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
 from lightning_mtl.checks import bad_argument, check_number
 from lightning_mtl.linalg import one_or_nan
 
-_DEFAULTS = {"weights": 1.0, "reference": 0.0}
-
 
 class PBI(LossBalancer):
     r"""Minimise :math:`d_1 + \theta d_2`, the way along a ray and the distance from it.
 
-    The ray starts at ``z`` and has the direction ``u``, the weights divided by their norm:
+    The ray starts at ``z`` and has the direction ``u``, the preference divided by its norm:
     :math:`d_1 = u^\top (\ell - z)`, :math:`d_2 = \| \ell - z - d_1 u \|`. On the ray the distance has no gradient; 0
     is taken.
 
     Args:
         num_tasks: ``T``.
-        weights: the proportion that the losses above ``z`` shall have, > 0: one number, a sequence of ``T``, or a
+        preference: the proportion that the losses above ``z`` shall have, > 0: one number, a sequence of ``T``, or a
             mapping of task names (a task left out has 1).
         theta: :math:`\theta`, >= 0, how much the distance counts (5 in the paper).
         reference: ``z``, the best losses one can hope for, in the same forms; 0 by default.
@@ -48,28 +46,20 @@ class PBI(LossBalancer):
     def __init__(
         self,
         num_tasks: int,
-        weights: float | Sequence[float] | Mapping[str, float] | None = None,
+        preference: float | Sequence[float] | Mapping[str, float] | None = None,
         theta: float = 5.0,
         reference: float | Sequence[float] | Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(num_tasks)
         check_number(theta, "theta", self, low=0.0)
         self.theta = theta
-        given = {"weights": weights, "reference": reference}
-        self._given = {name: dict(v) if isinstance(v, Mapping) else v for name, v in given.items()}
-        # Settings, not state: a checkpoint must not bring old ones back.
-        self.register_buffer("preference", self._resolve("weights"), persistent=False)
-        self.register_buffer("reference", self._resolve("reference"), persistent=False)
-
-    def bind(self, names: Sequence[str]) -> None:
-        super().bind(names)
-        self.preference.copy_(self._resolve("weights"))
-        self.reference.copy_(self._resolve("reference"))
+        self._setting("preference", preference, 1.0)
+        self._setting("reference", reference, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and any(isinstance(given, dict) for given in self._given.values()):
+        if self.names is None and any(isinstance(setting[0], dict) for setting in self._settings.values()):
             raise bad_argument(
-                self, "weights", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
+                self, "preference", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
             )
         preference = self.preference[tasks].to(losses.dtype)
         ray = preference / preference.norm()
@@ -85,8 +75,8 @@ class PBI(LossBalancer):
         beside = torch.where(beside.detach().norm() > rounding, beside, 0)
         return unit * (along + self.theta * beside.norm()) * one_or_nan(losses)
 
-    def _resolve(self, name: str) -> Tensor:
-        values = torch.tensor(self._by_task(self._given[name], _DEFAULTS[name], name, float), dtype=torch.float64)
-        if not bool((values.isfinite() & ((values > 0) | (name == "reference"))).all()):
-            raise bad_argument(self, name, "be finite, and weights > 0", values.tolist(), "Choose other values")
+    def _setting_values(self, name: str) -> Tensor:
+        values = super()._setting_values(name)
+        if name == "preference" and not bool((values > 0).all()):
+            raise bad_argument(self, name, "be > 0", values.tolist(), "Leave out a task that shall not count")
         return values

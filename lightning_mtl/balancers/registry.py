@@ -18,7 +18,7 @@ from lightning_mtl.checks import bad_argument, listed
 BalancerSpec = Callable[[int], Balancer] | Balancer | str | Mapping[str, Any]
 
 _PACKAGE = "lightning_mtl.balancers"
-_NOT_METHODS = {"base", "registry"}
+_NOT_METHODS = {"base", "registry", "wrapping"}
 
 
 def available() -> list[str]:

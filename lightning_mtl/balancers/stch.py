@@ -11,8 +11,6 @@ from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
 from lightning_mtl.checks import bad_argument, check_integer, check_number
 from lightning_mtl.linalg import log_losses, one_or_nan
 
-_DEFAULTS = {"weights": 1.0, "reference": 0.0}
-
 
 class STCH(LossBalancer):
     r"""Minimise a smooth maximum over the tasks; the smaller ``mu``, the more the worst task counts.
@@ -25,7 +23,7 @@ class STCH(LossBalancer):
     Args:
         num_tasks: ``T``.
         mu: smoothness, > 0.
-        weights: the preference, > 0: one number, a sequence of ``T``, or a mapping of task names (a task left out has
+        preference: > 0, one number, a sequence of ``T``, or a mapping of task names (a task left out has
             1); divided by their sum over the present tasks they are :math:`\lambda`, by default ``1 / T`` each.
         reference: ``z``, below which no loss can go, in the same forms; 0 by default.
         warmup_epochs: 4 as published; 0 for the paper's form, which depends on the units of the losses.
@@ -58,7 +56,7 @@ class STCH(LossBalancer):
         self,
         num_tasks: int,
         mu: float = 1.0,
-        weights: float | Sequence[float] | Mapping[str, float] | None = None,
+        preference: float | Sequence[float] | Mapping[str, float] | None = None,
         reference: float | Sequence[float] | Mapping[str, float] | None = None,
         warmup_epochs: int = 4,
     ) -> None:
@@ -66,23 +64,16 @@ class STCH(LossBalancer):
         check_number(mu, "mu", self, low=0.0, exclusive=True)
         check_integer(warmup_epochs, "warmup_epochs", self, low=0)
         self.mu, self.warmup_epochs, self._looked = mu, warmup_epochs, False
-        given = {"weights": weights, "reference": reference}
-        self._given = {name: dict(v) if isinstance(v, Mapping) else v for name, v in given.items()}
-        self.register_buffer("preference", self._resolve("weights"), persistent=False)
-        self.register_buffer("reference", self._resolve("reference"), persistent=False)
+        self._setting("preference", preference, 1.0)
+        self._setting("reference", reference, 0.0)
         for name, start in (("nadir", float("nan")), ("loss_sums", 0.0), ("loss_counts", 0.0)):
             self.register_buffer(name, torch.full((num_tasks,), start, dtype=torch.float64))
         self.register_buffer("epochs", torch.zeros((), dtype=torch.long))
 
-    def bind(self, names: Sequence[str]) -> None:
-        super().bind(names)
-        self.preference.copy_(self._resolve("weights"))
-        self.reference.copy_(self._resolve("reference"))
-
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and any(isinstance(given, dict) for given in self._given.values()):
+        if self.names is None and any(isinstance(setting[0], dict) for setting in self._settings.values()):
             raise bad_argument(
-                self, "weights", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
+                self, "preference", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
             )
         above = losses.double() - self.reference[tasks]
         share = self.preference[tasks] / self.preference[tasks].sum()
@@ -108,8 +99,8 @@ class STCH(LossBalancer):
         self.loss_sums.zero_()
         self.loss_counts.zero_()
 
-    def _resolve(self, name: str) -> Tensor:
-        values = torch.tensor(self._by_task(self._given[name], _DEFAULTS[name], name, float), dtype=torch.float64)
-        if not bool((values.isfinite() & ((values > 0) | (name == "reference"))).all()):
-            raise bad_argument(self, name, "be finite, and weights > 0", values.tolist(), "Choose other values")
+    def _setting_values(self, name: str) -> Tensor:
+        values = super()._setting_values(name)
+        if name == "preference" and not bool((values > 0).all()):
+            raise bad_argument(self, name, "be > 0", values.tolist(), "Leave out a task that shall not count")
         return values

@@ -11,6 +11,7 @@ from lightning_mtl.linalg.dual_cone import project_on_dual_cone as project_on_du
 from lightning_mtl.linalg.fair import fair_weights as fair_weights
 from lightning_mtl.linalg.gram import conflict as conflict
 from lightning_mtl.linalg.gram import cosines as cosines
+from lightning_mtl.linalg.gram import cross_gram as cross_gram
 from lightning_mtl.linalg.gram import gram as gram
 from lightning_mtl.linalg.gram import gram_of_parts as gram_of_parts
 from lightning_mtl.linalg.logs import log_losses as log_losses

@@ -67,3 +67,14 @@ def conflict(gram: Tensor) -> float:
         return 0.0
     upper = torch.triu_indices(num_tasks, num_tasks, offset=1)
     return float((gram[upper[0], upper[1]] < 0).double().mean())
+
+
+def cross_gram(gram: Tensor) -> Tensor:
+    """From the gram of two halves' rows the inner products of the first with the second, on the scale of the whole.
+
+    Each half's rows are about half as long as those of the whole, because its loss is a share of the whole's.
+
+    Shapes: gram ``[2T, 2T]`` -> ``[T, T]``.
+    """
+    half = len(gram) // 2
+    return 4 * gram[:half, half:]
