@@ -41,13 +41,13 @@ def test_losses_that_are_all_zero():
 
 def test_weights_by_name():
     named = COSMOS(2, {"b": 3.0})
-    with pytest.raises(ValueError, match=r"COSMOS: `weights` must be .* Call bind\(names\) first"):
+    with pytest.raises(ValueError, match=r"COSMOS: `preference` must be .* Call bind\(names\) first"):
         named(torch.ones(2))
     named.bind(["a", "b"])
     assert torch.equal(named.weights(losses(2)), COSMOS(2, [1.0, 3.0]).weights(losses(2)))
 
 
-@pytest.mark.parametrize("options", [{"strength": -1.0}, {"weights": [1.0, 0.0]}, {"weights": [1.0]}])
+@pytest.mark.parametrize("options", [{"strength": -1.0}, {"preference": [1.0, 0.0]}, {"preference": [1.0]}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"COSMOS: `{next(iter(options))}` must"):
         COSMOS(2, **options)

@@ -52,14 +52,14 @@ def test_losses_at_the_reference():
 
 def test_settings_by_name():
     named = PBI(2, {"b": 3.0}, reference={"a": -1.0})
-    with pytest.raises(ValueError, match=r"PBI: `weights` must be .* Call bind\(names\) first"):
+    with pytest.raises(ValueError, match=r"PBI: `preference` must be .* Call bind\(names\) first"):
         named(torch.ones(2))
     named.bind(["a", "b"])
     listed = PBI(2, [1.0, 3.0], reference=[-1.0, 0.0])
     assert torch.equal(named.weights(losses(2)), listed.weights(losses(2)))
 
 
-@pytest.mark.parametrize("options", [{"theta": -1.0}, {"weights": [1.0, 0.0]}, {"reference": float("inf")}])
+@pytest.mark.parametrize("options", [{"theta": -1.0}, {"preference": [1.0, 0.0]}, {"reference": float("inf")}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"PBI: `{next(iter(options))}` must"):
         PBI(2, **options)

@@ -67,7 +67,7 @@ def test_after_the_warm_up(epochs, mu):
 
 
 def test_the_preference_counts_after_the_warm_up():
-    equal, tilted = warmed()[0], warmed(weights=[5.0, 1.0, 1.0])[0]
+    equal, tilted = warmed()[0], warmed(preference=[5.0, 1.0, 1.0])[0]
     assert tilted.weights(tilted.nadir)[0] > equal.weights(equal.nadir)[0]
 
 
@@ -102,11 +102,11 @@ def test_resuming_within_the_last_epoch_of_the_warm_up():
 
 
 def test_settings_by_name():
-    named = STCH(2, weights={"b": 3.0}, reference={"a": -1.0}, warmup_epochs=0)
-    with pytest.raises(ValueError, match=r"STCH: `weights` must be .* Call bind\(names\) first"):
+    named = STCH(2, preference={"b": 3.0}, reference={"a": -1.0}, warmup_epochs=0)
+    with pytest.raises(ValueError, match=r"STCH: `preference` must be .* Call bind\(names\) first"):
         named(torch.ones(2))
     named.bind(["a", "b"])
-    listed = STCH(2, weights=[1.0, 3.0], reference=[-1.0, 0.0], warmup_epochs=0)
+    listed = STCH(2, preference=[1.0, 3.0], reference=[-1.0, 0.0], warmup_epochs=0)
     assert torch.equal(named.weights(losses(2)), listed.weights(losses(2)))
 
 
@@ -118,7 +118,13 @@ def test_a_loss_at_or_below_its_reference_is_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"mu": 0.0}, {"warmup_epochs": -1}, {"weights": [1.0, 0.0]}, {"weights": [1.0]}, {"reference": float("nan")}],
+    [
+        {"mu": 0.0},
+        {"warmup_epochs": -1},
+        {"preference": [1.0, 0.0]},
+        {"preference": [1.0]},
+        {"reference": float("nan")},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"STCH: `{next(iter(options))}` must"):
