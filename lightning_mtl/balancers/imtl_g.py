@@ -25,7 +25,9 @@ class IMTLG(GramBalancer):
     State: that of :class:`GramBalancer`.
     Update: the weights sum to 1 and may be negative; mean scale; scale-free; heads keep their own gradient.
     Promises: equal projections, as far as the gradients allow it (if some of them depend on each other: in least
-    squares). Where no combination with sum 1 has equal projections, the weights are 0. A gradient of zero gets 0.
+    squares). They are negative where only that has the sum 1, as the paper defines it: then every task gets worse;
+    :class:`ConFIG` has the same line with the other sign. Where no combination with sum 1 has equal projections, the
+    weights are 0. A gradient of zero gets 0.
     Paper: Liu et al., ICLR 2021, "Towards Impartial Multi-task Learning", section 3.1 and algorithm 1.
 
     Example:

@@ -26,8 +26,8 @@ class MetaBalance(GramBalancer):
 
     Shapes: gram ``[K, T, T]`` of the ``K`` groups, losses ``[T]`` (unused) -> weights ``[K, T]``, > 0.
     State: that of :class:`GramBalancer`, and ``norms`` ``[K, T]``, started at the first norms (0: not seen yet).
-    Update: sum scale; scale-free; the main task has weight 1; heads keep their own gradient. Without the main task in a
-    batch the auxiliaries keep their own gradients.
+    Update: sum scale; scale-free while the unit is the same in all steps; the main task has weight 1; heads keep their
+    own gradient. Without the main task in a batch the auxiliaries keep their own gradients.
     Raises: ``ValueError`` if an option is out of range or no task has the name.
     Paper: He et al., WWW 2022, arXiv:2203.06801, algorithm 1 and section 3.4.
 

@@ -31,8 +31,8 @@ class PCD(GramBalancer):
 
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``, >= 0.
     State: that of :class:`GramBalancer`, ``squares`` and ``updates`` of the moving averages, ``[T]``.
-    Update: as long as the primary gradient; scale-free; a secondary loss in other units changes nothing; heads keep
-    their own gradient.
+    Update: as long as the primary gradient; scale-free, and free of the unit of each secondary loss, while these units
+    are the same in all steps; heads keep their own gradient.
     Promises: every secondary task advances (for ``tau > 0``), as far as the constraints do not contradict each other; if
     they do, or if nothing is left, the primary gradient alone. A primary gradient of zero: zero. Without the primary
     task in a batch, the mean of the others.

@@ -21,9 +21,10 @@ class Case:
         key: its short name.
         promises: each is a test in ``test_balancers.py`` that runs for the balancers that give it.
         known: the first weights for the rows (-4, 1, 1) and (6, 1, 1) and the losses 1 and 1, worked out by hand.
-        alone: the weight of a single task, "inverse" for one over its loss.
+        alone: the weight of a single task, "inverse" for one over its loss, "unit" for one over its gradient's length.
         learned: the names of its trainable parameters.
         bold: options with which its state moves fast.
+        power: ``s`` times the rows gives ``s ** power`` times the update, for those that promise "scale_power".
     """
 
     key: str
@@ -32,6 +33,7 @@ class Case:
     alone: float | str = 1.0
     learned: tuple[str, ...] = ()
     bold: Mapping[str, Any] = field(default_factory=dict)
+    power: float = 1.0
 
     def make(self, num_tasks: int) -> Balancer:
         return load(self.key, num_tasks)
@@ -117,6 +119,134 @@ CASES = [
         bold={"mu": 0.05, "warmup_epochs": 1},
     ),
     case("uncertainty", "scale_free", "equivariant", known=(0.5, 0.5), alone=0.5, learned=("log_variance",)),
+    # The gram of the two rows is [[18, -22], [-22, 38]].
+    case(
+        "aligned",
+        "scale_free",
+        "equivariant",
+        "ignores_state",
+        known=tuple(sqrt((28 - sqrt(584)) / (56 + 2 * sqrt(200)) / 200) * (x + sqrt(200)) for x in (60, 40)),
+    ),
+    case(
+        "cagrad",
+        "scale_free",
+        "equivariant",
+        "ignores_state",
+        "never_negative",
+        known=(0.5 + 1 / sqrt(24), 0.5),
+        alone=1.5,
+    ),
+    case(
+        "config",
+        "scale_free",
+        "loss_scale_free",
+        "equivariant",
+        "ignores_state",
+        "no_task_gets_worse",
+        "equal_cosines",
+        known=(0.5 + 0.5 * sqrt(38 / 18), 0.5 + 0.5 * sqrt(18 / 38)),
+    ),
+    case(
+        "db_mtl",
+        "scale_free",
+        "loss_scale_free",
+        "equivariant",
+        "ignores_state",
+        "never_negative",
+        "equal_lengths",
+        known=(sqrt(38 / 18), 1),
+        alone="inverse",
+    ),
+    case(
+        "dualproj",
+        "scale_free",
+        "equivariant",
+        "ignores_state",
+        "never_negative",
+        "no_task_gets_worse",
+        "mean_if_agreeing",
+        known=(0.5 + 2 / 18, 0.5),
+    ),
+    case(
+        "fairgrad",
+        "scale_power",
+        "equivariant",
+        "ignores_state",
+        "never_negative",
+        "no_task_gets_worse",
+        known=tuple(1 / sqrt(x * (1 - 22 / sqrt(18 * 38))) for x in (18, 38)),
+        alone="unit",
+        power=0.0,
+    ),
+    case(
+        "gradvac",
+        "scale_free",
+        "equivariant_for_two",
+        "sum_if_agreeing",
+        known=(1 + 22 / 18, 1 + 22 / 38),
+    ),
+    case(
+        "imtl_g",
+        "scale_free",
+        "equivariant",
+        "ignores_state",
+        "sums_to_1",
+        "equal_cosines",
+        known=(sqrt(38) / (sqrt(18) + sqrt(38)), sqrt(18) / (sqrt(18) + sqrt(38))),
+    ),
+    case("krum", "scale_free", "equivariant", "ignores_state", "sums_to_1", "never_negative", known=(1, 0)),
+    case(
+        "metabalance",
+        "scale_free_from_the_start",
+        "equivariant_but_first",
+        "never_negative",
+        known=(1, 0.7 * sqrt(18 / 38) + 0.3),
+        bold={"beta": 0.1},
+    ),
+    case(
+        "mgda",
+        "scale_free",
+        "equivariant",
+        "ignores_state",
+        "sums_to_1",
+        "never_negative",
+        "no_task_gets_worse",
+        known=(0.6, 0.4),
+    ),
+    case(
+        "nash",
+        "scale_power",
+        "loss_scale_free",
+        "equivariant",
+        "ignores_state",
+        "never_negative",
+        "no_task_gets_worse",
+        known=tuple(1 / sqrt(x * (1 - 22 / sqrt(18 * 38))) for x in (18, 38)),
+        alone="unit",
+        power=0.0,
+    ),
+    # d = u_1 + m u_2 on unit rows with u_2 @ d = 0.02, made as long as g_1: with c the cosine, m = 0.02 - c and
+    # d @ d = 1 + 2 m c + m m.
+    case(
+        "pcd",
+        "scale_free_from_the_start",
+        "loss_scale_free",
+        "equivariant_but_first",
+        "never_negative",
+        "all_but_the_first_advance",
+        known=(1 / sqrt(1.0004 - 22**2 / 684), (0.02 + 22 / sqrt(684)) * sqrt(18 / 38 / (1.0004 - 22**2 / 684))),
+        bold={"beta": 0.1},
+    ),
+    case(
+        "upgrad",
+        "scale_free",
+        "equivariant",
+        "ignores_state",
+        "never_negative",
+        "no_task_gets_worse",
+        "mean_if_agreeing",
+        known=(0.5 + 11 / 18, 0.5 + 11 / 38),
+    ),
 ]
 
 
@@ -142,7 +272,21 @@ def weigh(balancer: Balancer, rows: Tensor, losses: Tensor, present: Tensor | No
         balancer.advance(losses, present)
         return weights
     assert isinstance(balancer, GramBalancer)
-    return balancer(rows @ rows.T, losses, present)
+    return balancer(gram(balancer, rows), losses, present).view(-1)
+
+
+def gram(balancer: Balancer, rows: Tensor) -> Tensor:
+    """What a gram balancer is shown of the rows: for one in groups, all parameters as one group."""
+    inner = rows @ rows.T
+    return inner[None] if isinstance(balancer, GramBalancer) and balancer.grouped else inner
+
+
+def state_of(value: Tensor, tasks: list[int], num_tasks: int) -> Tensor:
+    """The part of a buffer that belongs to the tasks, in this order: whatever has ``T`` entries is one per task."""
+    for dim, size in enumerate(value.shape):
+        if size == num_tasks:
+            value = value.index_select(dim, torch.tensor(tasks))
+    return value
 
 
 def end_epoch(balancer: Balancer, seed: int = 0) -> None:
