@@ -17,6 +17,7 @@ from lightning_mtl.engine import (
     balanced_loss,
     on_host,
     rescale_to_global,
+    shares,
     tensors_of,
     world_size,
 )
@@ -123,6 +124,7 @@ class Balanced(_Base):
             raise bad_argument(self, "last_layer", "be a module", repr(last_layer), "Pass the layer itself", TypeError)
         self.task_names = names
         self.balancer = resolve(balancer, names)
+        self.balancer.check_level(level)
         self.level, self.weight_heads = level, weight_heads
         # Not a second registration of the layer: its parameters already have a name.
         object.__setattr__(self, "last_layer", last_layer)
@@ -133,14 +135,15 @@ class Balanced(_Base):
     @torch.compiler.disable
     def balance(
         self,
-        losses: Mapping[str, Tensor | None],
+        losses: Mapping[str, Tensor | tuple[Tensor, Tensor] | None],
         features: Any = None,
         labelled: Mapping[str, Tensor | int] | None = None,
     ) -> Tensor:
         """One scalar to return from ``training_step``; its backward deposits the balanced gradients.
 
         Args:
-            losses: task name -> scalar; ``None`` for a task without any label in this process's batch.
+            losses: task name -> scalar; ``None`` for a task without any label in this process's batch. For a balancer
+                that compares two independent samples (MoDo, SDMGrad) a pair of scalars, one of each.
             features: the tensors that all heads read, in any nested structure. What lies behind them is shared, what
                 comes after belongs to the heads. Without them, shared is what at least two losses reach.
             labelled: task name -> number of labelled samples that this process's loss is the mean of. The loss then is
@@ -151,25 +154,29 @@ class Balanced(_Base):
         no gradient, or part of the graph cannot be seen (reentrant checkpoint, whole-module compile).
         """
         self._check_names(losses, labelled)
-        device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), self.device)
+        pairs = {name: shares(loss) for name, loss in losses.items()}
+        given = (part for pair in pairs.values() for part in pair if isinstance(part, Tensor))
+        device = next((part.device for part in given), self.device)
         counts: list[Tensor | int] = [1] * len(self.task_names)
-        values: list[Tensor] = []
+        values: list[tuple[Tensor, ...]] = []
         known = on_host(labelled or {})
         for index, name in enumerate(self.task_names):
-            loss = losses[name]
-            if loss is None or known.get(name, 1) == 0:
+            if losses[name] is None or known.get(name, 1) == 0:
                 # Not the loss itself: the mean of nothing is NaN.
                 counts[index] = 0
-                values.append(self._absent_loss(device))
+                values.append((self._absent_loss(device),) * max(len(pair) for pair in pairs.values()))
                 continue
-            check_task_loss(loss, name, self)
-            values.append(loss)
+            for part in pairs[name]:
+                check_task_loss(part, name, self)
+            values.append(pairs[name])
             counts[index] = known.get(name, 1)
         partial = labelled is not None or world_size() > 1 or any(loss is None for loss in losses.values())
         present = None
+        # First all first halves, then all second ones.
+        flat = [part for parts in zip(*values, strict=True) for part in parts]
         if partial:
-            values, present = rescale_to_global(values, counts)
-        return self._balanced(self._found_step(values, features, present))
+            flat, present = rescale_to_global(flat, counts)
+        return self._balanced(self._found_step(flat, features, present))
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the model itself, without the balancer's."""
@@ -193,7 +200,7 @@ class Balanced(_Base):
         super().setup(stage)
         if stage != "fit":
             return
-        several = isinstance(self.balancer, GramBalancer)
+        several = not isinstance(self.balancer, LossBalancer)
         check_trainer(self.trainer, self, compares_gradients=several)
         if several:
             allow_several_backwards()
@@ -217,6 +224,15 @@ class Balanced(_Base):
         """Tell the balancer."""
         super().on_train_epoch_end()
         self.balancer.end_epoch()
+
+    def on_validation_end(self) -> None:
+        """Show the balancer the validation metric that it asks for."""
+        super().on_validation_end()
+        balancer, metric = cast(Any, self.balancer), getattr(self.balancer, "metric", None)
+        if isinstance(metric, str) and not self.trainer.sanity_checking:
+            found = self.trainer.callback_metrics
+            values = [found.get(f"val/{name}/{metric}", torch.tensor(float("nan"))) for name in self.task_names]
+            balancer.observe_metrics(torch.stack([value.detach().double().cpu() for value in values]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the order of the tasks, in which the balancer's state stands."""
@@ -292,7 +308,10 @@ class Balanced(_Base):
             return Step(losses, [], [], [], None, present=present)
         own = self.own_parameters()
         if features is None:
-            owned = in_graph(losses, self, own, self._met)
+            # Halves of a batch use the same heads: counted per task, not per half.
+            num = len(self.task_names)
+            whole = [torch.stack(losses[task::num]).sum() for task in range(num)] if len(losses) > num else losses
+            owned = in_graph(whole, self, own, self._met)
             self._met = owned.shared
         else:
             roots = tensors_of(features)
@@ -325,4 +344,15 @@ class Balanced(_Base):
                     type(self.last_layer).__name__,
                     "Pass the last module that all heads read from",
                 )
-        return Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present, layer)
+        layers = None
+        if isinstance(self.balancer, GramBalancer) and self.balancer.granularity == "layer":
+            layers = self._layers([*owned.shared, *owned.shared_heads])
+        return Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present, layer, layers)
+
+    def _layers(self, parameters: Sequence[Tensor]) -> list[int]:
+        """For each parameter the number of the module that owns it."""
+        numbers = self._remembered(
+            "layers",
+            lambda: {id(p): n for n, module in enumerate(self.modules()) for p in module.parameters(recurse=False)},
+        )
+        return [numbers[id(parameter)] for parameter in parameters]

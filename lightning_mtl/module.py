@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils._pytree import tree_map
 
 from lightning_mtl.balanced import Balanced
-from lightning_mtl.balancers.base import Balancer, GramBalancer
+from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.batches import Group, groups_of, num_samples, task_of_loader
 from lightning_mtl.checks import bad_argument, check_choice, listed, shape
 from lightning_mtl.engine import leaves_per_head, reached, rescale_to_global, tensors_of
@@ -30,9 +31,10 @@ BalancerOrName = Callable[[int], Balancer] | Balancer | str | dict[str, Any]
 
 @dataclass
 class _TaskResult:
-    """One task in one batch."""
+    """One task in one batch; its loss is the sum of its shares, one or, for a balancer that compares them, two."""
 
     loss: Tensor
+    shares: tuple[Tensor, ...]
     count: Tensor | int | None
     output: Any
     target: Any
@@ -143,11 +145,17 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The balanced loss of a batch; its value is the objective, or the plain sum of the losses."""
-        cut = isinstance(self.balancer, GramBalancer) and torch.is_grad_enabled()
+        cut = not isinstance(self.balancer, LossBalancer) and torch.is_grad_enabled()
         cut = cut and (self.level == "features" or not self._owned().tied)
-        results = self._run(batch, cut=cut)
-        losses, present = self._global_losses(results)
-        self._log_training(results, losses, present)
+        halved = isinstance(self.balancer, GramBalancer) and self.balancer.halves and torch.is_grad_enabled()
+        results = self._run(batch, cut=cut, halved=halved)
+        losses, present = self._global_losses(results, 2 if halved else 1)
+        whole = (
+            losses
+            if not halved
+            else [a + b for a, b in zip(losses[: len(results)], losses[len(results) :], strict=True)]
+        )
+        self._log_training(results, whole, present)
         return self._balanced(self._declared_step(results, losses, present))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -198,13 +206,15 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             )
         super().setup(stage)
 
-    def _run(self, batch: Any, *, cut: bool = False, dataloader: str | None = None) -> dict[str, _TaskResult]:
+    def _run(
+        self, batch: Any, *, cut: bool = False, halved: bool = False, dataloader: str | None = None
+    ) -> dict[str, _TaskResult]:
         results: dict[str, _TaskResult] = {}
         for group in groups_of(batch, self.tasks, self.input_key, self.strict_targets, self, dataloader):
-            results.update(self._run_group(group, cut))
+            results.update(self._run_group(group, cut, halved))
         return {name: results[name] for name in self.task_names if name in results}
 
-    def _run_group(self, group: Group, cut: bool) -> dict[str, _TaskResult]:
+    def _run_group(self, group: Group, cut: bool, halved: bool) -> dict[str, _TaskResult]:
         features = self.encoder(group.inputs)
         roots = tensors_of(features)
         cut = cut and bool(roots)
@@ -232,7 +242,12 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             else:
                 output = task(copy)
             target, mask = task.pick(group.targets, group.inputs, name)
-            loss, count = task.mean_loss(output, target, name, mask)
+            parts: tuple[Tensor, ...]
+            if halved:
+                loss, parts, count = _halved_loss(task, output, target, name, mask)
+            else:
+                loss, count = task.mean_loss(output, target, name, mask)
+                parts = (loss,)
             leaves = leaf_lists.get(id(copy))
             if torch.is_grad_enabled() and not loss.requires_grad and _trains(task, copy):
                 raise bad_argument(
@@ -242,7 +257,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                     "a tensor with requires_grad=False",
                     "Remove detach(), no_grad() or rounding from the head and the loss",
                 )
-            results[name] = _TaskResult(loss, count, output, target, mask, roots, leaves)
+            results[name] = _TaskResult(loss, parts, count, output, target, mask, roots, leaves)
         if cut:
             self._check_only_features(results)
         return results
@@ -262,14 +277,16 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 "Return these tensors as features too, or use Balanced without features=",
             )
 
-    def _global_losses(self, results: dict[str, _TaskResult]) -> tuple[list[Tensor], Tensor | None]:
+    def _global_losses(self, results: dict[str, _TaskResult], parts: int) -> tuple[list[Tensor], Tensor | None]:
         """Per task the mean over the global batch's labelled samples, and who is present; ``None``: everybody."""
-        losses: list[Tensor] = []
+        shares: list[tuple[Tensor, ...]] = []
         counts: list[Tensor | int] = []
         for name in self.task_names:
             result = results.get(name)
-            losses.append(self._absent_loss(self.device) if result is None else result.loss)
+            shares.append((self._absent_loss(self.device),) * parts if result is None else result.shares)
             counts.append(0 if result is None else 1 if result.count is None else result.count)
+        # First all first halves, then all second ones.
+        losses = [share for column in zip(*shares, strict=True) for share in column]
         complete = len(results) == len(self.task_names) and all(result.count is None for result in results.values())
         # With one loader per task another rank may lack a task that this one has.
         alike = world_size() == 1 or len({id(result.roots) for result in results.values()}) == 1
@@ -278,7 +295,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         return rescale_to_global(losses, counts)
 
     def _declared_step(self, results: dict[str, _TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
-        if not isinstance(self.balancer, GramBalancer) or not torch.is_grad_enabled():
+        if isinstance(self.balancer, LossBalancer) or not torch.is_grad_enabled():
             return Step(losses, [], [], [], None, present=present)
         owned = self._owned()
         if owned.tied:
@@ -295,7 +312,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         leaves = None
         if any(result is not None and result.leaves is not None for result in found):
             leaves = [[] if result is None or result.leaves is None else result.leaves for result in found]
-        return self._step(losses, owned, present, roots, leaves)
+            leaves = leaves * (len(losses) // len(found))
+        return self._step(losses, owned, present, roots * (len(losses) // len(found)), leaves)
 
     def _owned(self) -> Owned:
         """Who owns the trainable parameters now."""
@@ -361,6 +379,29 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             raise bad_argument(
                 self, "last_layer", "be a module inside the encoder", repr(name), "Correct the name"
             ) from error
+
+
+def _halved_loss(
+    task: Task, output: Any, target: Any, name: str, mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | int | None]:
+    """The mean loss of a batch, as the sum of what its first and its second half of the samples contribute to it."""
+    size = num_samples(target)
+    if size < 2:
+        raise bad_argument(
+            task, f"target of '{name}'", "have at least two samples to halve", size, "Use larger batches"
+        )
+    middle = (size + 1) // 2
+    found = []
+    for half in (slice(0, middle), slice(middle, size)):
+        parts = tree_map(
+            lambda value, half=half: value[half] if isinstance(value, Tensor) else value, (output, target, mask)
+        )
+        loss, count = task.mean_loss(parts[0], parts[1], name, parts[2])
+        found.append((loss, num_samples(parts[1]) if count is None else count, count))
+    total: Any = found[0][1] + found[1][1]
+    total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+    shares = [loss * (count / total) for loss, count, _ in found]
+    return shares[0] + shares[1], (shares[0], shares[1]), None if found[0][2] is None else total
 
 
 def _trains(task: Task, features: Any) -> bool:

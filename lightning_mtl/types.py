@@ -26,6 +26,11 @@ class Step:
         leaves: per task, what its head read in place of ``roots``; ``None`` if heads read ``roots`` themselves.
         present: bool ``[T]``, which tasks have a label somewhere in the global batch; ``None`` means all.
         last_layer: the subset of ``shared`` at which a balancer with ``gram_at="last_layer"`` takes its gram.
+        layers: per tensor of ``shared`` and ``shared_heads`` the number of its layer, for balancers that work per
+            layer.
+
+    For a balancer with ``halves``, ``losses``, ``roots`` and ``leaves`` have ``2T`` entries, the first halves before
+    the second; each loss is its half's share of the task's loss.
     """
 
     losses: Sequence[Tensor]
@@ -36,6 +41,7 @@ class Step:
     leaves: Sequence[Sequence[Tensor]] | None = None
     present: Tensor | None = None
     last_layer: list[Tensor] | None = None
+    layers: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Balance:
     Args:
         names: the ``T`` task names.
         losses: ``[T]``, averaged over the ranks where the method needed that, else this rank's own.
-        weights: ``[T]``; the update of the shared parameters is ``weights @ rows``. NaN if the step was not finite.
+        weights: ``[T]``; the update of the shared parameters is ``weights @ rows``. NaN if the step was not finite, or
+            if the method's update is no weighted sum of the rows. The mean over groups for a method that has several.
         gram: float64 ``[T, T]`` inner products of the task gradients over the global batch, without any loss
             scale; ``None`` where the method needed none.
         present: bool ``[T]``, or ``None`` if every task was present.
@@ -59,5 +66,7 @@ class Balance:
 
     @property
     def finite(self) -> bool:
-        """Whether the weights are finite; if not, balancer state did not move and the step should be skipped."""
+        """Whether gram, losses and weights are; if not, balancer state did not move and the step should be skipped."""
+        if self.gram is not None:
+            return bool(torch.isfinite(self.gram).all() & torch.isfinite(self.losses).all())
         return bool(torch.isfinite(self.weights).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,15 @@ from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_choice
 from lightning_mtl.linalg import factor, unit_gram
 
-_SCALES = {"min": np.min, "median": np.median, "rmse": lambda values: np.sqrt(np.mean(np.square(values)))}
+_SCALES: dict[str, Callable[[np.ndarray], float]] = {
+    "min": np.min,
+    "median": np.median,
+    "rmse": lambda values: np.sqrt(np.mean(np.square(values))),
+}
+    "min": np.min,
+    "median": np.median,
+    "rmse": lambda values: np.sqrt(np.mean(np.square(values))),
+}
 
 
 class Aligned(GramBalancer):
@@ -31,7 +39,8 @@ class Aligned(GramBalancer):
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``.
     State: that of :class:`GramBalancer`.
     Update: sum scale (the official code's; others take the mean); scale-free; heads keep their own gradient.
-    Promises: the aligned rows have condition number 1 on the span of the gradients. Which directions belong to that span
+    Promises: the aligned rows have condition number 1 on the span of the gradients. Which directions belong to that
+    span
     is decided on gradients of length 1: what is dependent up to 1e-6 is dropped.
     Raises: ``ValueError`` if an option is unknown or a preference is not finite.
     Paper: Senushkin et al., CVPR 2023, arXiv:2305.19000, equation 11 and algorithm 1.

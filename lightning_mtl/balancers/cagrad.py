@@ -15,14 +15,18 @@ _NOTHING = 1e-9
 
 
 class CAGrad(GramBalancer):
-    r"""Maximise :math:`\min_t g_t^\top d` over :math:`\|d - g_0\| \le c \|g_0\|`, where :math:`g_0` is the mean gradient.
+    r"""Near the mean gradient, the direction that is best for the task worst off.
+
+    Maximise :math:`\min_t g_t^\top d` over :math:`\|d - g_0\| \le c \|g_0\|`, where :math:`g_0` is the mean
+    gradient.
 
     Solved through its dual: with ``w`` on the simplex, :math:`d = g_0 + c \|g_0\| g_w / \|g_w\|`,
     :math:`g_w = \sum_t w_t g_t`.
 
     Args:
         num_tasks: ``T``.
-        c: radius of the ball, 0 <= c < 1 for a convergence guarantee; 0 is the mean gradient. The paper uses 0.4 and 0.5.
+        c: radius of the ball, 0 <= c < 1 for a convergence guarantee; 0 is the mean gradient. The paper uses 0.4 and
+            0.5.
         rescale: "none" as in the paper's algorithm, or "official": the update divided by ``1 + c**2``, as in its code.
         every_n_steps: solve in every n-th step only.
 

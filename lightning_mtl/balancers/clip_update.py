@@ -14,8 +14,8 @@ from lightning_mtl.checks import check_number
 class ClipUpdate(Wrapper):
     r"""Scale the weights down where the update :math:`d = \sum_t w_t g_t` would be longer than ``max_norm``.
 
-    Nash-MTL and FAMO were published with such a clip at 1. It differs from ``Trainer(gradient_clip_val=...)``: it sees the
-    update of the shared parameters in each backward, before gradients are accumulated and without the heads.
+    Nash-MTL and FAMO were published with such a clip at 1. It differs from ``Trainer(gradient_clip_val=...)``: it sees
+    the update of the shared parameters in each backward, before gradients are accumulated and without the heads.
 
     Args:
         num_tasks: ``T``.
@@ -25,7 +25,8 @@ class ClipUpdate(Wrapper):
 
     Shapes: gram ``[T, T]``, losses ``[T]`` -> weights ``[T]``.
     State: that of :class:`GramBalancer` and the inner balancer's.
-    Update: the inner balancer's, or that with length ``max_norm``; so it is not scale-free. Heads as with the inner one.
+    Update: the inner balancer's, or that with length ``max_norm``; so it is not scale-free. Heads as with the inner
+    one.
     Raises: ``ValueError`` if ``max_norm`` is not > 0 or the balancer needs more than one gram.
     Source: the official code of Nash-MTL, arXiv:2202.01017, and FAMO, arXiv:2306.03792.
 

@@ -10,7 +10,9 @@ from lightning_mtl.linalg import divided, log_weights
 
 
 class DBMTL(GramBalancer):
-    r"""Dual balancing without a memory: :math:`d = \max_u \|h_u\| \sum_t h_t / \|h_t\|` with
+    r"""Gradients of the logarithms of the losses, all as long as the longest.
+
+    Dual balancing without a memory: :math:`d = \max_u \|h_u\| \sum_t h_t / \|h_t\|` with
     :math:`h_t = g_t / (\ell_t + 10^{-8})`.
 
     Args:
@@ -19,8 +21,8 @@ class DBMTL(GramBalancer):
 
     Shapes: gram ``[T, T]``, losses ``[T]`` -> weights ``[T]``, >= 0.
     State: that of :class:`GramBalancer`.
-    Update: sum scale; scale-free in the rows; the direction does not change if a loss and its gradient are multiplied by
-    one number. Heads get the gradient of the logarithm of their loss.
+    Update: sum scale; scale-free in the rows; the direction does not change if a loss and its gradient are multiplied
+    by one number. Heads get the gradient of the logarithm of their loss.
     Promises: every gradient is equally long in the sum; one of zero is left out.
     Raises: ``ValueError`` if a loss is not > 0.
     Paper: Lin et al., 2023, arXiv:2308.12029, algorithm 1 with beta = 0; ``db_mtl_average`` keeps the paper's moving

@@ -11,7 +11,9 @@ from lightning_mtl.linalg import log_weights
 
 
 class DBMTLAverage(RowBalancer):
-    r"""Dual balancing: :math:`\hat h_t \leftarrow \beta_k \hat h_t + (1 - \beta_k) g_t / (\ell_t + 10^{-8})`, then
+    r"""Moving averages of the gradients of the log losses, all as long as the longest.
+
+    Dual balancing: :math:`\hat h_t \leftarrow \beta_k \hat h_t + (1 - \beta_k) g_t / (\ell_t + 10^{-8})`, then
     :math:`d = \max_u \|\hat h_u\| \sum_t \hat h_t / \|\hat h_t\|`.
 
     Args:

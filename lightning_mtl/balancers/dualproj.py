@@ -16,8 +16,8 @@ class DualProj(GramBalancer):
 
     Args:
         num_tasks: ``T``.
-        preference: ``p``: one number, ``T`` of them, or a mapping of task names; by default one over the number of tasks
-            that are present.
+        preference: ``p``: one number, ``T`` of them, or a mapping of task names; by default one over the number of
+            tasks that are present.
         every_n_steps: solve in every n-th step only.
 
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``.

@@ -12,15 +12,15 @@ from lightning_mtl.checks import check_integer, check_number
 class ExcessMTL(RowBalancer):
     r"""Weights that grow with an estimate of each task's excess risk.
 
-    The estimate is :math:`e_t = \sum_k g_{t,k}^2 / \sqrt{\sum_\tau g_{t,k}(\tau)^2}` over the coordinates ``k``, relative to
-    the first one, :math:`\hat e_t = e_t / e_t(0)`. The weights follow :math:`w_t \leftarrow w_t e^{\eta \hat e_t}` and are
-    normalised to sum 1.
+    The estimate is :math:`e_t = \sum_k g_{t,k}^2 / \sqrt{\sum_\tau g_{t,k}(\tau)^2}` over the coordinates ``k``,
+    relative to the first one, :math:`\hat e_t = e_t / e_t(0)`. The weights follow
+    :math:`w_t \leftarrow w_t e^{\eta \hat e_t}` and are normalised to sum 1.
 
     Args:
         num_tasks: ``T``.
         eta: step size of the weights, > 0.
-        warmup_steps: steps with equal weights at first, after which the estimate is the reference (the paper warms up for
-            3 epochs); a task's own counter.
+        warmup_steps: steps with equal weights at first, after which the estimate is the reference (the paper warms up
+            for 3 epochs); a task's own counter.
 
     Shapes: rows ``[T, N]``, losses ``[T]`` (unused) -> update ``[N]``.
     State: that of :class:`RowBalancer`, ``squares`` ``[T, N]``, and ``first``, ``seen`` and ``task_weights``, ``[T]``.

@@ -27,8 +27,8 @@ class FairGrad(GramBalancer):
     Promises: :math:`w_t (G w)_t^{\alpha} = 1` for every task, so every task gets better to first order. Where gradients
     cancel the weights are a finite limit, as in :class:`Nash`. A gradient of zero gets weight 0.
     Raises: ``ValueError`` if ``alpha`` is not > 0.
-    Paper: Ban and Ji, ICML 2024, arXiv:2402.15638, equation 5 and algorithm 1. Departure: solved by Newton on the convex
-    problem that the equation belongs to, not by bounded least squares.
+    Paper: Ban and Ji, ICML 2024, arXiv:2402.15638, equation 5 and algorithm 1. Departure: solved by Newton on the
+    convex problem that the equation belongs to, not by bounded least squares.
 
     Example:
         >>> import torch

@@ -12,22 +12,24 @@ from lightning_mtl.checks import check_integer
 
 
 class GradDrop(RowBalancer):
-    r"""Per coordinate draw a sign, positive with :math:`P = \tfrac12 (1 + \sum_t g_t / \sum_t |g_t|)`, and add the
+    r"""Per coordinate, keep the gradients of one sign, drawn by how pure the sign is.
+
+    Per coordinate draw a sign, positive with :math:`P = \tfrac12 (1 + \sum_t g_t / \sum_t |g_t|)`, and add the
     gradients that have it.
 
     Args:
         num_tasks: ``T``.
-        leak: share of a gradient that always passes, in [0, 1]: one number, ``T`` of them, or a mapping of task names; 0
-            by default.
+        leak: share of a gradient that always passes, in [0, 1]: one number, ``T`` of them, or a mapping of task names;
+            0 by default.
         seed: of the draws, which depend on it and the step counter alone.
 
     Shapes: rows ``[T, N]``, losses ``[T]`` (unused) -> update ``[N]``.
     State: that of :class:`RowBalancer`.
     Update: sum scale; scale-free; heads keep their own gradient. Promises: a plain sum where all signs agree; the order
     of the tasks does not matter.
-    Paper: Chen et al., NeurIPS 2020, arXiv:2010.06808, algorithm 1. Departure: the paper drops gradients of the features,
-    summed over the batch and multiplied with their signs; here, as in other code for any parameters, those of the shared
-    parameters.
+    Paper: Chen et al., NeurIPS 2020, arXiv:2010.06808, algorithm 1. Departure: the paper drops gradients of the
+    features, summed over the batch and multiplied with their signs; here, as in other code for any parameters, those of
+    the shared parameters.
 
     Example:
         >>> import torch

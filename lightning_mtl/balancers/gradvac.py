@@ -13,8 +13,10 @@ from lightning_mtl.linalg import cosines
 
 
 class GradVac(GramBalancer):
-    r"""For each task, over the others in random order: if its cosine :math:`\phi` with the other's gradient is below the
-    target :math:`\hat\phi`, add as much of that gradient as brings it to the target.
+    r"""Pull the cosines between task gradients up to what they usually are.
+
+    For each task, over the others in random order: if its cosine :math:`\phi` with the other's gradient is below
+    the target :math:`\hat\phi`, add as much of that gradient as brings it to the target.
 
     The targets are moving averages, :math:`\hat\phi \leftarrow (1 - \beta) \hat\phi + \beta \phi`, started at 0 and
     moved by each pair as it is met, in the paper's order: first the correction, then the target.

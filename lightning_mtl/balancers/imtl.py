@@ -6,8 +6,10 @@ from lightning_mtl.balancers.chain import Chain
 
 
 class IMTL(Chain):
-    r"""Impartial in both ways: :math:`e^{s_t} \ell_t` with learned :math:`s_t` (:class:`IMTLL`), and on the gradients of
-    these losses equal projections (:class:`IMTLG`).
+    r"""Balance the losses by IMTL-L, then the gradients by IMTL-G.
+
+    Impartial in both ways: :math:`e^{s_t} \ell_t` with learned :math:`s_t` (:class:`IMTLL`), and on the gradients
+    of these losses equal projections (:class:`IMTLG`).
 
     Args:
         num_tasks: ``T``.

@@ -21,8 +21,8 @@ class Krum(GramBalancer):
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``: ``1 / m`` or 0.
     State: that of :class:`GramBalancer`.
     Update: mean scale; scale-free; heads keep their own gradient.
-    Promises: ``m`` tasks (or all that are present, if fewer) with equal weights that sum to 1. Ties go to the tasks that
-    come first.
+    Promises: ``m`` tasks (or all that are present, if fewer) with equal weights that sum to 1. Ties go to the tasks
+    that come first.
     Raises: ``ValueError`` if ``num_outliers`` or ``num_selected`` is out of range.
     Paper: Blanchard et al., NeurIPS 2017, arXiv:1703.02757, section 4. It is made for workers that may lie, not for
     tasks; here it is a robust mean.

@@ -12,7 +12,9 @@ from lightning_mtl.checks import check_choice, check_number
 
 
 class MetaBalance(GramBalancer):
-    r"""Add all gradients, the auxiliary ones rescaled:
+    r"""Bring auxiliary gradients near the length of the main task's, tensor by tensor.
+
+    Add all gradients, the auxiliary ones rescaled:
     :math:`d = g_1 + \sum_{t > 1} (r\, m_1 / m_t + 1 - r)\, g_t`, with moving averages :math:`m_t` of the norms.
 
     Args:

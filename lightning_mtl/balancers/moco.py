@@ -11,8 +11,10 @@ from lightning_mtl.linalg import gram, project_on_simplex
 
 
 class MoCo(RowBalancer):
-    r"""Track each gradient, :math:`y_t \leftarrow y_t - \beta_k (y_t - g_t)`, move the weights towards the point of smallest
-    norm, :math:`\lambda \leftarrow \Pi_\Delta(\lambda - \gamma_k (Y Y^\top + \rho I) \lambda)`, and follow
+    r"""The common descent direction of gradients that are tracked over time.
+
+    Track each gradient, :math:`y_t \leftarrow y_t - \beta_k (y_t - g_t)`, move the weights towards the point of
+    smallest norm, :math:`\lambda \leftarrow \Pi_\Delta(\lambda - \gamma_k (Y Y^\top + \rho I) \lambda)`, and follow
     :math:`\sum_t \lambda_t y_t`.
 
     Args:

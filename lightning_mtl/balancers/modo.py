@@ -11,8 +11,11 @@ from lightning_mtl.linalg import cross_gram, project_on_simplex
 
 
 class MoDo(GramBalancer):
-    r"""Double sampling: :math:`\lambda \leftarrow \Pi_\Delta(\lambda - \gamma (J_1 J_2^\top \lambda + \rho \lambda))`, where
-    :math:`J_1` and :math:`J_2` are the task gradients on two independent samples; then follow :math:`\sum_t \lambda_t g_t`.
+    r"""Weights that move by the inner products of two independent batches.
+
+    Double sampling: :math:`\lambda \leftarrow \Pi_\Delta(\lambda - \gamma (J_1 J_2^\top \lambda + \rho \lambda))`,
+    where :math:`J_1` and :math:`J_2` are the task gradients on two independent samples; then follow
+    :math:`\sum_t \lambda_t g_t`.
 
     Args:
         num_tasks: ``T``.
@@ -23,9 +26,9 @@ class MoDo(GramBalancer):
 
     Shapes: gram ``[2T, 2T]`` of the halves' rows, losses ``[T]`` (unused) -> weights ``[T]``.
     State: that of :class:`GramBalancer`, and ``task_weights`` ``[T]``.
-    Update: the weights sum to 1 over the tasks that are present: mean scale. Not scale-free, because ``gamma`` has a unit.
-    Heads keep their own gradient. The two samples are the halves of the batch, and the step is made with both of them
-    (the paper draws a third).
+    Update: the weights sum to 1 over the tasks that are present: mean scale. Not scale-free, because ``gamma`` has a
+    unit. Heads keep their own gradient. The two samples are the halves of the batch, and the step is made with both of
+    them (the paper draws a third).
     Raises: ``ValueError`` if an option is out of range.
     Paper: Chen et al., NeurIPS 2023 and JMLR 25 (2024), arXiv:2305.20057, algorithm 1.
 

@@ -24,11 +24,11 @@ class MovingAverage(Wrapper):
 
     Shapes: gram ``[T, T]``, losses ``[T]`` -> weights ``[T]``.
     State: that of :class:`GramBalancer`, the inner balancer's, ``averages`` and ``seen`` ``[T]``.
-    Update: the scale of the inner balancer's; scale-free if that is, and for methods whose weights change with the size of
-    the gradients in the long run only. A task's first average is its first weight.
+    Update: the scale of the inner balancer's; scale-free if that is, and for methods whose weights change with the size
+    of the gradients in the long run only. A task's first average is its first weight.
     Raises: ``ValueError`` if ``alpha`` is out of range or the balancer needs more than one gram.
-    Paper: Zhou et al., NeurIPS 2022, "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond",
-    algorithm 1. Departure: the paper lets ``alpha`` follow the learning rate; here it is constant.
+    Paper: Zhou et al., NeurIPS 2022, "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
+    Beyond", algorithm 1. Departure: the paper lets ``alpha`` follow the learning rate; here it is constant.
 
     Example:
         >>> import torch

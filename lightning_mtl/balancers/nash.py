@@ -25,8 +25,8 @@ class Nash(GramBalancer):
     Promises: :math:`w_t (G w)_t = 1` for every task, so every task gets better to first order. Where gradients cancel
     (a combination with weights > 0 is zero) there is no bargain; the update is then the limit that a vanishing
     disagreement leads to, finite. A gradient of zero gets weight 0.
-    Paper: Navon et al., ICML 2022, arXiv:2202.01017, claim 3.2 and algorithm 1. Departure: the equation is the optimality
-    condition of a convex problem and is solved by Newton, not by a sequence of linearised programs.
+    Paper: Navon et al., ICML 2022, arXiv:2202.01017, claim 3.2 and algorithm 1. Departure: the equation is the
+    optimality condition of a convex problem and is solved by Newton, not by a sequence of linearised programs.
 
     Example:
         >>> import torch

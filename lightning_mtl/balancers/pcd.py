@@ -17,8 +17,10 @@ _NOTHING = 1e-14
 
 
 class PCD(GramBalancer):
-    r"""Priority-constrained descent: among the directions with :math:`\tilde g_j^\top d \ge \tau_j \|\tilde g_j\|^2` for
-    each secondary task the one nearest to the primary gradient, as long as that.
+    r"""Follow the primary task, but give each secondary task its share.
+
+    Priority-constrained descent: among the directions with :math:`\tilde g_j^\top d \ge \tau_j \|\tilde g_j\|^2`
+    for each secondary task the one nearest to the primary gradient, as long as that.
 
     Args:
         num_tasks: ``T``.
@@ -33,8 +35,8 @@ class PCD(GramBalancer):
     State: that of :class:`GramBalancer`, ``squares`` and ``updates`` of the moving averages, ``[T]``.
     Update: as long as the primary gradient; scale-free, and free of the unit of each secondary loss, while these units
     are the same in all steps; heads keep their own gradient.
-    Promises: every secondary task advances (for ``tau > 0``), as far as the constraints do not contradict each other; if
-    they do, or if nothing is left, the primary gradient alone. A primary gradient of zero: zero. Without the primary
+    Promises: every secondary task advances (for ``tau > 0``), as far as the constraints do not contradict each other;
+    if they do, or if nothing is left, the primary gradient alone. A primary gradient of zero: zero. Without the primary
     task in a batch, the mean of the others.
     Raises: ``ValueError`` if an option is out of range or no task has the name.
     Paper: "Not All Objectives Are Born Equal: Priority-Constrained Descent", TMLR 2026, arXiv:2606.29521. Departure: no

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
+from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument, listed
 
 #: What users may pass as ``balancer=``.
@@ -94,11 +94,11 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
             f"Choose one of {listed(available())}",
             TypeError,
         )
-    if not isinstance(balancer, LossBalancer | GramBalancer):
+    if not isinstance(balancer, LossBalancer | GramBalancer | RowBalancer):
         raise bad_argument(
             "balancer",
             "balancer",
-            "be a LossBalancer or a GramBalancer, the families that the engine knows",
+            "be a LossBalancer, a GramBalancer or a RowBalancer, the families that the engine knows",
             type(balancer).__name__,
             "Inherit from one of them",
             TypeError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,10 @@ from lightning_mtl.linalg import cross_gram, project_on_simplex
 
 
 class SDMGrad(GramBalancer):
-    r"""Move ``w`` by projected stochastic gradient steps on :math:`\tfrac12 \|J^\top (w + \lambda \tilde w)\|^2`, and follow
-    :math:`J^\top (w + \lambda \tilde w) / (1 + \lambda)`.
+    r"""Near a preferred direction, the common descent of two independent batches.
+
+    Move ``w`` by projected stochastic gradient steps on :math:`\tfrac12 \|J^\top (w + \lambda \tilde w)\|^2`, and
+    follow :math:`J^\top (w + \lambda \tilde w) / (1 + \lambda)`.
 
     The gradient, :math:`J_1 J_2^\top (w + \lambda \tilde w)`, is unbiased because its factors come from two independent
     samples. It is divided by the square of the mean gradient norm, so that the step size has no unit.
@@ -22,15 +25,15 @@ class SDMGrad(GramBalancer):
     Args:
         num_tasks: ``T``.
         pull: :math:`\lambda`, how much the preferred direction counts, >= 0; the paper's experiments use 0.3.
-        preference: :math:`\tilde w`, divided by its sum over the tasks that are present: one number, ``T`` of them, or a
-            mapping of task names.
+        preference: :math:`\tilde w`, divided by its sum over the tasks that are present: one number, ``T`` of them, or
+            a mapping of task names.
         lr, momentum, iterations: of the inner steps (the official code's 10, 0.5 and 20).
         every_n_steps: solve in every n-th step only.
 
     Shapes: gram ``[2T, 2T]`` of the halves' rows, losses ``[T]`` (unused) -> weights ``[T]``.
     State: that of :class:`GramBalancer`, and ``task_weights`` ``[T]``, from which the next step starts.
-    Update: mean scale; scale-free; heads keep their own gradient. The two samples are the halves of the batch, and the step
-    is made with both of them (the paper draws a third).
+    Update: mean scale; scale-free; heads keep their own gradient. The two samples are the halves of the batch, and the
+    step is made with both of them (the paper draws a third).
     Raises: ``ValueError`` if an option is out of range.
     Paper: Xiao, Ban and Ji, NeurIPS 2023, arXiv:2305.18409, algorithm 1 and section 6.1.
 
@@ -74,7 +77,7 @@ class SDMGrad(GramBalancer):
         weights = self.task_weights[tasks].numpy() / share
         preference = self.preference[tasks].numpy()
         preference = preference / preference.sum() if preference.sum() > 0 else weights
-        speed = 0.0
+        speed = np.zeros_like(weights)
         for _ in range(self.iterations if size > 0 else 0):
             speed = self.momentum * speed + cross @ (weights + self.pull * preference) / size**2
             weights = project_on_simplex(weights - self.lr * speed)

@@ -16,8 +16,7 @@ class TrimmedMean(RowBalancer):
         num_trimmed: ``b``; ``2 b < T``. With fewer tasks present, as many as leave one.
 
     Shapes: rows ``[T, N]``, losses ``[T]`` (unused) -> update ``[N]``.
-    State: that of :class:`RowBalancer`. Update: mean scale; scale-free; heads keep their own gradient. Defined at both
-    levels, because every coordinate stands for itself.
+    State: that of :class:`RowBalancer`. Update: mean scale; scale-free; heads keep their own gradient.
     Raises: ``ValueError`` if ``num_trimmed`` leaves nothing.
     Paper: Yin et al., ICML 2018, arXiv:1803.01498, definition 2. Made for workers that may lie; here a robust mean.
 
@@ -26,8 +25,6 @@ class TrimmedMean(RowBalancer):
         >>> TrimmedMean(3, num_trimmed=1).combine(torch.tensor([[1.0], [2.0], [90.0]]), torch.ones(3))
         tensor([2.])
     """
-
-    levels = ("parameters", "features")
 
     def __init__(self, num_tasks: int, num_trimmed: int = 0) -> None:
         super().__init__(num_tasks)

@@ -17,15 +17,15 @@ class UPGrad(GramBalancer):
 
     Args:
         num_tasks: ``T``.
-        preference: weight of each projection, > 0: one number, ``T`` of them, or a mapping of task names; by default one
-            over the number of tasks that are present.
+        preference: weight of each projection, > 0: one number, ``T`` of them, or a mapping of task names; by default
+            one over the number of tasks that are present.
         every_n_steps: solve in every n-th step only.
 
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``, >= 0.
     State: that of :class:`GramBalancer`.
     Update: mean scale; scale-free; heads keep their own gradient.
-    Promises: :math:`g_t^\top d \ge 0` for every task: no task gets worse to first order. If no gradients conflict, their
-    mean. Linear in each task's length while the angles stay.
+    Promises: :math:`g_t^\top d \ge 0` for every task: no task gets worse to first order. If no gradients conflict,
+    their mean. Linear in each task's length while the angles stay.
     Raises: ``ValueError`` if a preference is not finite.
     Paper: Quinton and Rey, 2024, arXiv:2406.16232, equation 3 and section 4.
 

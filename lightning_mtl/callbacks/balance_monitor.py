@@ -59,7 +59,9 @@ class BalanceMonitor(pl.Callback):
 def balance_scalars(balance: Balance, *, with_cosines: bool = True) -> dict[str, float]:
     """The scalars of a balance by their log keys."""
     names = balance.names
-    scalars = dict(zip((f"balance/weight/{name}" for name in names), balance.weights.tolist(), strict=True))
+    scalars: dict[str, float] = {}
+    if not (balance.finite and bool(balance.weights.isnan().all())):  # a method without weights
+        scalars.update(zip((f"balance/weight/{name}" for name in names), balance.weights.tolist(), strict=True))
     if balance.gram is not None:
         norms = balance.gram.diagonal().clamp(min=0).sqrt().tolist()
         scalars.update(zip((f"balance/norm/{name}" for name in names), norms, strict=True))

@@ -9,6 +9,7 @@ from lightning_mtl.engine.cut import leaves_per_head as leaves_per_head
 from lightning_mtl.engine.cut import tensors_of as tensors_of
 from lightning_mtl.engine.gather import on_host as on_host
 from lightning_mtl.engine.gather import rescale_to_global as rescale_to_global
+from lightning_mtl.engine.gather import shares as shares
 from lightning_mtl.engine.gather import union_over_ranks as union_over_ranks
 from lightning_mtl.engine.gather import world_size as world_size
 from lightning_mtl.engine.plain import backward as backward

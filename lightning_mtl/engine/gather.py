@@ -20,6 +20,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def shares(loss: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """A loss as the parts that it is the sum of: itself, or half of each of a pair of means."""
+    if isinstance(loss, tuple | list):
+        return tuple(part / len(loss) if isinstance(part, Tensor) else part for part in loss)
+    return (loss,)  # type: ignore[return-value]  # what is no tensor is refused by name later
+
+
 def rescale_to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple[list[Tensor], Tensor | None]:
     """Turn means over this rank's labelled samples into shares of the mean over the global batch's.
 
@@ -27,11 +34,11 @@ def rescale_to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) 
     gradient all-reduce takes, is the mean over all labelled samples.
 
     Args:
-        losses: ``T`` scalars.
+        losses: ``T`` scalars, or ``2T``, each a share of its task's loss.
         counts: per task the number of this rank's labelled samples; a tensor ``[]`` only where the host would have
             to wait for the number.
 
-    Returns: ``T`` scalars, and who is present in the global batch, bool ``[T]``; ``None`` if surely everybody.
+    Returns: as many scalars, and who is present in the global batch, bool ``[T]``; ``None`` if surely everybody.
     """
     device = losses[0].device
     if world_size() == 1:
@@ -42,7 +49,7 @@ def rescale_to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) 
     mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
     total = mine.clone()
     dist.all_reduce(total)
-    factors = mine * world_size() / total.clamp(min=1)
+    factors = (mine * world_size() / total.clamp(min=1)).repeat(len(losses) // len(counts))
     return [loss * factor.to(loss.dtype) for loss, factor in zip(losses, factors, strict=True)], total > 0
 
 
@@ -82,16 +89,17 @@ class RowExchange:
         num_tasks: ``T``.
         size: ``N``.
         like: a tensor with the dtype and device of the rows.
+        whole: whether every rank needs the whole averaged rows; then they are held, and the sum goes to all.
     """
 
-    def __init__(self, num_tasks: int, size: int, like: Tensor) -> None:
-        self.size = size
+    def __init__(self, num_tasks: int, size: int, like: Tensor, *, whole: bool = False) -> None:
+        self.size, self.whole = size, whole
         world = world_size()
         padded = -(-size // world) * world
         self.rows = like.new_empty((num_tasks, padded))
         self.rows[:, size:] = 0
-        self._slices = like.new_empty((num_tasks, padded // world)) if world > 1 else None
-        self._work: list[dist.Work] = []
+        self._slices = like.new_empty((num_tasks, padded // world)) if world > 1 and not whole else None
+        self._work: list[dist.Work | None] = []
 
     def __getitem__(self, task: int) -> Tensor:
         """This rank's row of a task, to be filled: ``[N]``."""
@@ -99,42 +107,64 @@ class RowExchange:
 
     def send(self, task: int) -> None:
         """The row of this task is filled."""
-        if self._slices is not None:
+        if self.whole and world_size() > 1:
+            self._work.append(dist.all_reduce(self.rows[task], async_op=True))
+        elif self._slices is not None:
             assert _reduce_scatter is not None
             self._work.append(_reduce_scatter(self._slices[task], self.rows[task], async_op=True))
 
     def wait(self) -> None:
         """Until every row that was sent has been summed."""
         for work in self._work:
-            work.wait()
+            if work is not None:
+                work.wait()
         self._work.clear()
+
+    def mean_rows(self, scale: float) -> Tensor:
+        """The rows averaged over the ranks, without the loss scale, ``[T, N]``; only if asked for as a whole."""
+        assert self.whole
+        self.wait()
+        return self.rows[:, : self.size] / (scale * world_size())
 
     def local_gram(self) -> Tensor:
         """What :func:`sum_gram` turns into the gram of the mean rows: float64 ``[T, T]``."""
         self.wait()
         return gram_of(self.rows if self._slices is None else self._slices)
 
+    def local_grams(self, sizes: Sequence[int]) -> Tensor:
+        """The same for ``K`` groups of columns with these widths, apart: float64 ``[K, T, T]``."""
+        self.wait()
+        held = self.rows if self._slices is None else self._slices
+        first = 0 if self._slices is None else dist.get_rank() * held.shape[1]
+        grams, begin = [], -first
+        for size in sizes:
+            end = begin + size
+            grams.append(gram_of(held[:, max(begin, 0) : max(end, 0)]))
+            begin = end
+        return torch.stack(grams)
+
 
 def sum_gram(gram: Tensor, losses: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor]:
     """Finish the gram over the ranks, take the loss scale out, and bring the numbers to the CPU in one transfer.
 
-    Shapes: gram float64 ``[T, T]`` of this rank's share, losses ``[T]``, scale ``[]`` (the factor in the gradients)
-    -> gram float64 ``[T, T]`` of the mean rows and losses float64 ``[T]``, both on the CPU. With
+    Shapes: gram float64 ``[..., T, T]`` of this rank's share, losses ``[T]``, scale ``[]`` (the factor in the
+    gradients)
+    -> gram float64 ``[..., T, T]`` of the mean rows and losses float64 ``[T]``, both on the CPU. With
     a scale of 0 (a loss that is ramped up) there is no gradient to compare, and no gram.
     """
-    num_tasks, world = len(losses), world_size()
+    world, size = world_size(), gram.numel()
     if world == 1 and gram.device.type == "cpu":
         factor = float(scale)
         return (gram / factor**2 if factor else None), losses.detach().double()
     packed = torch.cat([gram.reshape(-1), losses.detach().to(gram.device, torch.float64)])
     if world > 1:
         dist.all_reduce(packed)
-        packed = torch.cat([packed[: num_tasks**2] / world**2, packed[num_tasks**2 :] / world])
+        packed = torch.cat([packed[:size] / world**2, packed[size:] / world])
     packed = torch.cat([packed, scale.detach().reshape(1).to(packed)]).cpu()
-    losses = packed[num_tasks**2 : -1]
+    losses = packed[size:-1]
     if float(packed[-1]) == 0:
         return None, losses
-    return packed[: num_tasks**2].view(num_tasks, num_tasks) / packed[-1] ** 2, losses
+    return packed[:size].view(gram.shape) / packed[-1] ** 2, losses
 
 
 def parts_gram(parts: Sequence[Sequence[Tensor]], *, disjoint: bool) -> Tensor:

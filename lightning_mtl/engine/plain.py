@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_mtl.balancers.base import Balancer, LossBalancer
 from lightning_mtl.checks import bad_argument, check_task_loss, listed
 from lightning_mtl.engine.cut import tensors_of
-from lightning_mtl.engine.gather import on_host, rescale_to_global
+from lightning_mtl.engine.gather import on_host, rescale_to_global, shares
 from lightning_mtl.engine.shared import discover, distinct, reached, reached_beside
 from lightning_mtl.engine.solver import balanced_loss
 from lightning_mtl.types import Balance, Step
@@ -21,7 +21,7 @@ _WHO = "lightning_mtl.backward"
 
 
 def backward(
-    losses: Mapping[str, Tensor | None],
+    losses: Mapping[str, Tensor | tuple[Tensor, Tensor] | None],
     balancer: Balancer,
     features: Any = None,
     shared: Iterable[Tensor] | None = None,
@@ -37,6 +37,7 @@ def backward(
     Args:
         losses: task name -> scalar, always in the same order; ``T`` entries. ``None`` for a task without any label in
             this batch; with several processes then pass ``labelled`` on all of them, and ``features`` or ``shared``.
+            For a balancer that compares two independent samples a pair of scalars, one of each.
         balancer: built once, before the loop; its parameters, if any, belong into the optimizer.
         features: the tensors that all heads read, in any nested structure; what lies behind them is shared.
         shared: the shared parameters; without it and ``features`` those that at least two losses reach.
@@ -83,7 +84,8 @@ def backward(
     done: list[Balance] = []
     step = Step(values, [], [], [], None)
     if several:
-        step = _step([loss for loss in values if loss.requires_grad], features, shared, last_layer)
+        whole = [torch.stack(values[task :: len(names)]).sum() for task in range(len(names))]
+        step = _step([loss for loss in whole if loss.requires_grad], features, shared, last_layer)
         roots = [step.roots[0]] * len(values) if step.roots else None
         step = replace(step, losses=values, roots=roots)
     step = replace(step, present=present)
@@ -92,26 +94,34 @@ def backward(
     if done:
         return done[0]
     # Nothing is shared (a frozen encoder): every task went backward with weight 1.
-    return Balance(tuple(names), torch.stack([loss.detach() for loss in values]), torch.ones(len(names)), None, present)
+    sums = torch.stack([loss.detach() for loss in values]).view(-1, len(names)).sum(0)
+    return Balance(tuple(names), sums, torch.ones(len(names)), None, present)
 
 
 def _global(
-    losses: Mapping[str, Tensor | None], labelled: Mapping[str, Tensor | int]
+    losses: Mapping[str, Tensor | tuple[Tensor, Tensor] | None], labelled: Mapping[str, Tensor | int]
 ) -> tuple[list[Tensor], Tensor | None]:
     """The losses as shares of the mean over all ranks' labelled samples, and who is present."""
-    device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
+    pairs = {name: shares(loss) for name, loss in losses.items()}
+    given = (part for pair in pairs.values() for part in pair if isinstance(part, Tensor))
+    device = next((part.device for part in given), torch.device("cpu"))
     known = on_host(labelled)
-    values: list[Tensor] = []
+    values: list[tuple[Tensor, ...]] = []
     counts: list[Tensor | int] = []
     for name, loss in losses.items():
         absent = loss is None or known.get(name, 1) == 0
-        if not absent:
-            check_task_loss(loss, name, _WHO)
-        values.append(torch.zeros((), device=device) if absent or loss is None else loss)
+        if absent:
+            values.append((torch.zeros((), device=device),) * max(len(pair) for pair in pairs.values()))
+        else:
+            for part in pairs[name]:
+                check_task_loss(part, name, _WHO)
+            values.append(pairs[name])
         counts.append(0 if absent else known.get(name, 1))
+    # First all first halves, then all second ones.
+    flat = [part for parts in zip(*values, strict=True) for part in parts]
     if labelled or any(loss is None for loss in losses.values()):
-        return rescale_to_global(values, counts)
-    return values, None
+        return rescale_to_global(flat, counts)
+    return flat, None
 
 
 def _step(

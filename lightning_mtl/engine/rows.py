@@ -70,14 +70,14 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
     return result
 
 
-def rows_from_roots(step: Step, heads: HeadGrads) -> RowExchange:
+def rows_from_roots(step: Step, heads: HeadGrads, *, whole: bool = False) -> RowExchange:
     """``T`` vector-Jacobian products of the encoder fill the rows ``[T, N]``.
 
     Every rank runs the same number of encoder backwards in the same order, zeros for a task without labels:
     synchronised batch norm holds collectives.
     """
     assert step.roots is not None
-    exchange = _exchange(step)
+    exchange = _exchange(step, whole)
     num = len(step.losses)
     for task in range(num):
         roots = step.roots[task]
@@ -90,9 +90,9 @@ def rows_from_roots(step: Step, heads: HeadGrads) -> RowExchange:
     return exchange
 
 
-def rows_from_losses(step: Step, scale: Tensor) -> tuple[RowExchange, list[Grads]]:
+def rows_from_losses(step: Step, scale: Tensor, *, whole: bool = False) -> tuple[RowExchange, list[Grads]]:
     """Without a cut: every row by a whole backward from its loss. Also returns private gradients per task."""
-    exchange = _exchange(step)
+    exchange = _exchange(step, whole)
     private: list[Grads] = []
     shared = [*step.shared, *step.shared_heads]
     for task, loss in enumerate(step.losses):
@@ -146,10 +146,11 @@ def zeros_for(root: Root) -> Tensor:
     return torch.zeros([int(size) for size in meta.shape], dtype=meta.dtype, device=meta.device)
 
 
-def _exchange(step: Step) -> RowExchange:
+def _exchange(step: Step, whole: bool) -> RowExchange:
     shared = [*step.shared, *step.shared_heads]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in shared))
-    return RowExchange(len(step.losses), sum(tensor.numel() for tensor in shared), shared[0].new_empty(0, dtype=dtype))
+    size, like = sum(tensor.numel() for tensor in shared), shared[0].new_empty(0, dtype=dtype)
+    return RowExchange(len(step.losses), size, like, whole=whole)
 
 
 def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Tensor | None], *, keep: bool) -> Grads:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
+from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument, check_choice
 from lightning_mtl.engine.compiled import check_not_siblings, check_several_backwards
 from lightning_mtl.engine.deposit import deposit
@@ -25,6 +25,7 @@ from lightning_mtl.engine.rows import (
     unflatten,
     zeros_for,
 )
+from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.types import Balance, Step
 
 LEVELS = ("parameters", "features")
@@ -45,23 +46,25 @@ def balanced_loss(
 
     Args:
         step: losses, features, and who is shared.
-        balancer: a loss balancer makes an ordinary objective; a gram balancer one autograd node.
+        balancer: a loss balancer makes an ordinary objective; any other one autograd node.
         names: the ``T`` task names.
         level: at which tensors the rows are taken, "parameters" or "features".
-        weight_heads: whether a gram balancer's weights apply to private parameters too.
+        weight_heads: whether the weights of a gram balancer apply to private parameters too.
         report: called once per backward with what was done.
 
     Returns: a scalar; its value is the objective of a loss balancer, else the plain sum of the losses.
     Raises: ``ValueError`` if the level is unknown or does not fit the step.
     """
     check_choice(level, LEVELS, "level", "lightning_mtl")
+    balancer.check_level(level)
     # Where this rank has no loss another may have one, and waits.
-    waited_for = world_size() > 1 and isinstance(balancer, GramBalancer) and torch.is_grad_enabled()
+    waited_for = world_size() > 1 and not isinstance(balancer, LossBalancer) and torch.is_grad_enabled()
     if not waited_for and not any(loss.requires_grad for loss in step.losses):
         return _stacked(step.losses).sum()
     if isinstance(balancer, LossBalancer):
         return _objective(step, balancer, tuple(names), report)
-    assert isinstance(balancer, GramBalancer)
+    assert isinstance(balancer, GramBalancer | RowBalancer)
+    _check_halves(step, balancer, len(names))
     check_not_siblings(step, balancer)
     check_several_backwards([*step.losses, *(root for roots in step.roots or () for root in roots)], balancer)
     if not step.shared and not step.shared_heads:
@@ -69,7 +72,29 @@ def balanced_loss(
     if level == "features":
         step = replace(step, private=[*step.shared_heads, *step.private], shared_heads=[])
         _check_features(step)
-    return _Solver(step, balancer, tuple(names), level, weight_heads, report).loss()
+    loss = _Solver(step, balancer, tuple(names), level, weight_heads, report).loss()
+    if isinstance(balancer, GramBalancer) and any(parameter.requires_grad for parameter in balancer.parameters()):
+        own = balancer.own_objective(_global_losses(step, len(names)), step.present)
+        # Its value is not part of the losses, its gradient is.
+        loss = loss if own is None else loss + (own - own.detach()).to(loss)
+    return loss
+
+
+def _global_losses(step: Step, num_tasks: int) -> Tensor:
+    """One loss per task, averaged over the ranks, detached: ``[T]``."""
+    return mean_over_ranks(_stacked(step.losses).detach().view(-1, num_tasks).sum(0))
+
+
+def _check_halves(step: Step, balancer: Balancer, num_tasks: int) -> None:
+    wanted = 2 if isinstance(balancer, GramBalancer) and balancer.halves else 1
+    if len(step.losses) != wanted * num_tasks:
+        raise bad_argument(
+            balancer,
+            "losses",
+            f"hold {wanted} per task" + (", of two independent samples" if wanted == 2 else ""),
+            f"{len(step.losses)} for {num_tasks} tasks",
+            'Pass {"task": (loss of one half, loss of the other)}, or use MultiTaskModule, which halves the batch',
+        )
 
 
 def _stacked(losses: Sequence[Tensor]) -> Tensor:
@@ -136,17 +161,24 @@ class _Solver:
     def __init__(
         self,
         step: Step,
-        balancer: GramBalancer,
+        balancer: GramBalancer | RowBalancer,
         names: tuple[str, ...],
         level: str,
         weight_heads: bool,
         report: Report | None,
     ) -> None:
         self.step, self.balancer, self.names, self.report = step, balancer, names, report
-        self.level, self.weight_heads = level, weight_heads
-        self.due = balancer.due
-        at_last_layer = level == "parameters" and balancer.gram_at == "last_layer"
-        if at_last_layer and self.due and not step.last_layer:
+        self.weight_heads = weight_heads
+        if isinstance(balancer, RowBalancer):
+            self.due, self.at_last_layer, self.needs_rows = True, False, True
+            _check_no_weights(balancer, weight_heads)
+        else:
+            self.due = balancer.due
+            self.at_last_layer = level == "parameters" and balancer.gram_at == "last_layer"
+            one_group = balancer.granularity == "whole"
+            self.needs_rows = level == "parameters" and not self.at_last_layer and (self.due or not one_group)
+        self.sizes = _sizes(step, balancer)
+        if self.at_last_layer and self.due and not step.last_layer:
             raise bad_argument(
                 balancer,
                 "last_layer",
@@ -154,8 +186,11 @@ class _Solver:
                 "no last shared layer",
                 'Pass last_layer= (a module inside the encoder), norms_at="shared" or level="features"',
             )
-        self.at_last_layer = at_last_layer
-        self.needs_rows = self.due and level == "parameters" and not at_last_layer
+        own = None
+        if type(balancer).private_weights not in (GramBalancer.private_weights, RowBalancer.private_weights):
+            own = balancer.private_weights(_global_losses(step, len(names)), step.present)
+        self.own_weights: list[float] | None = None if own is None else self._per_loss(own)
+        self.apart = weight_heads or own is not None
 
     def loss(self) -> Tensor:
         step = self.step
@@ -166,41 +201,78 @@ class _Solver:
 
     def _parameters(self, scale: Tensor) -> Grads:
         """Gradients of shared, shared_heads and private, made here entirely."""
-        step = self.step
+        step, whole = self.step, isinstance(self.balancer, RowBalancer)
         if step.roots is None:
-            exchange, apart = rows_from_losses(step, scale)
-            weights = self._weigh(self._gram_of_rows(exchange), scale)
-            return [*self._combine(exchange, weights), *self._private(apart, weights)]
-        heads = head_grads(step, scale, apart=self.weight_heads)
+            exchange, apart = rows_from_losses(step, scale, whole=whole)
+            update, weights = self._update(exchange, scale)
+            return [*update, *self._private(apart, weights)]
+        heads = head_grads(step, scale, apart=self.apart)
         if self.needs_rows:
-            exchange = rows_from_roots(step, heads)
-            weights = self._weigh(exchange.local_gram(), scale)
-            return [*self._combine(exchange, weights), *self._private(heads.private, weights)]
-        weights = self._weigh(self._gram_of_heads(heads), scale)
+            exchange = rows_from_roots(step, heads, whole=whole)
+            update, weights = self._update(exchange, scale)
+            return [*update, *self._private(heads.private, weights)]
+        weights = self._per_loss(self._weigh(self._gram_of_heads(heads), scale))
         seeds = self._weighted_roots(heads, weights)
         shared = grad_of(self._distinct_roots(), step.shared, seeds, keep=False)
         return [*shared, *add_up(heads.shared_heads, weights), *self._private(heads.private, weights)]
 
     def _features(self, scale: Tensor) -> Grads:
         """Gradients of the features, through which autograd goes on, and of shared_heads and private."""
-        heads = head_grads(self.step, scale, apart=self.weight_heads)
-        weights = self._weigh(self._gram_of_heads(heads), scale)
+        heads = head_grads(self.step, scale, apart=self.apart)
+        weights = self._per_loss(self._weigh(self._gram_of_heads(heads), scale))
         back = self._weighted_roots(heads, weights)
         return [*back, *add_up(heads.shared_heads, weights), *self._private(heads.private, weights)]
 
-    def _weigh(self, gram: Tensor | None, scale: Tensor) -> list[float]:
-        """Ask the balancer and report; ``T`` numbers, which a kernel takes without a transfer."""
-        losses = torch.stack([loss.detach().double() for loss in self.step.losses])
+    def _update(self, exchange: RowExchange, scale: Tensor) -> tuple[list[Tensor], list[float]]:
+        """From rows: the update of shared and shared_heads, and the weight of each loss."""
+        if isinstance(self.balancer, RowBalancer):
+            return unflatten(self._row_update(self.balancer, exchange, scale), self._like()), []
+        weights = self._weigh(self._gram_of_rows(exchange), scale)
+        return self._combine(exchange, weights), self._per_loss(weights)
+
+    def _row_update(self, balancer: RowBalancer, exchange: RowExchange, scale: Tensor) -> Tensor:
+        """The same on every rank, so that DDP's average leaves it as it is."""
+        factor = float(scale)
+        if factor == 0:
+            exchange.wait()
+            return torch.zeros_like(exchange[0])
+        rows = exchange.mean_rows(factor)
+        losses = _global_losses(self.step, len(self.names)).double()
+        update = balancer.combine(rows, losses, self.step.present)
+        if self.report is not None:
+            gram, losses = gram_of(rows).cpu(), losses.cpu()
+            self.report(Balance(self.names, losses, balancer.last_weights.clone(), gram, self.step.present))
+        return update * factor
+
+    def _weigh(self, gram: Tensor | None, scale: Tensor) -> Tensor:
+        """Ask the balancer and report: weights ``[T]``, or ``[K, T]`` in groups."""
+        assert isinstance(self.balancer, GramBalancer)
+        losses = torch.stack([loss.detach().double() for loss in self.step.losses]).view(-1, len(self.names)).sum(0)
         present = self.step.present
         total: Tensor | None = None
         if gram is None:
             weights = self.balancer.reuse(present)
         else:
+            if self.balancer.grouped and gram.ndim == 2:
+                gram = gram[None]
             total, losses = sum_gram(gram, losses, scale)
             weights = self.balancer.last_weights if total is None else self.balancer(total, losses, present)
         if self.report is not None:
-            self.report(Balance(self.names, losses, weights, total, present))
-        return cast("list[float]", weights.tolist())
+            shown = weights.mean(0) if weights.ndim == 2 else weights
+            self.report(Balance(self.names, losses, shown, self._shown_gram(total), present))
+        return weights
+
+    def _shown_gram(self, gram: Tensor | None) -> Tensor | None:
+        """The gram of the tasks' whole rows, ``[T, T]``."""
+        if gram is None:
+            return None
+        num = len(self.names)
+        return gram.view(-1, gram.shape[-1] // num, num, gram.shape[-1] // num, num).sum((0, 1, 3))
+
+    def _per_loss(self, weights: Tensor) -> list[float]:
+        """A number per loss, which a kernel takes without a transfer."""
+        flat: list[float] = (weights.mean(0) if weights.ndim == 2 else weights).tolist()
+        return flat * (len(self.step.losses) // len(self.names))
 
     def _gram_of_heads(self, heads: HeadGrads) -> Tensor | None:
         """From feature gradients: the gram there, at the last layer, or none if this step reuses its weights."""
@@ -225,25 +297,31 @@ class _Solver:
         if not self.due:
             return None
         if not self.at_last_layer:
-            return exchange.local_gram()
+            return exchange.local_gram() if self.sizes is None else exchange.local_grams(self.sizes)
         exchange.wait()
         layer = {id(parameter) for parameter in self.step.last_layer or []}
-        shared = [*self.step.shared, *self.step.shared_heads]
+        shared = self._like()
         rows = [
             [view for view, like in zip(unflatten(exchange[task], shared), shared, strict=True) if id(like) in layer]
             for task in range(len(self.names))
         ]
         return parts_gram(rows, disjoint=False)
 
-    def _combine(self, exchange: RowExchange, weights: list[float]) -> list[Tensor]:
-        """``weights @ rows`` of this rank; DDP averages the result, which is linear in the rows."""
+    def _combine(self, exchange: RowExchange, weights: Tensor) -> list[Tensor]:
+        """``weights @ rows`` of this rank, per group; DDP averages the result, which is linear in the rows."""
         rows = exchange.rows[:, : exchange.size]
         wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        update = torch.mv(wide.T, torch.tensor(weights, dtype=wide.dtype, device=wide.device)).to(rows.dtype)
-        return unflatten(update, [*self.step.shared, *self.step.shared_heads])
+        factors = weights.view(-1, len(self.names)).repeat(1, len(rows) // len(self.names)).to(wide)
+        parts = wide.split(self.sizes or [exchange.size], dim=1)
+        updates = [torch.mv(part.T, factor) for part, factor in zip(parts, factors, strict=True)]
+        update = updates[0] if len(updates) == 1 else torch.cat(updates)
+        return unflatten(update.to(rows.dtype), self._like())
+
+    def _like(self) -> list[Tensor]:
+        return [*self.step.shared, *self.step.shared_heads]
 
     def _private(self, per_task: list[Grads], weights: list[float]) -> Grads:
-        return add_up(per_task, weights if self.weight_heads else None)
+        return add_up(per_task, weights if self.weight_heads else self.own_weights)
 
     def _weighted_roots(self, heads: HeadGrads, weights: list[float]) -> Grads:
         """What flows back into each distinct root."""
@@ -265,3 +343,35 @@ class _Solver:
 
     def _roots_are_tensors(self) -> bool:
         return self.step.roots is not None and all(isinstance(r, Tensor) for task in self.step.roots for r in task)
+
+
+def _sizes(step: Step, balancer: GramBalancer | RowBalancer) -> list[int] | None:
+    """The widths of the groups of parameters on which a balancer works apart; ``None`` if it does not."""
+    if not isinstance(balancer, GramBalancer) or not balancer.grouped:
+        return None
+    sizes = [tensor.numel() for tensor in (*step.shared, *step.shared_heads)]
+    if balancer.granularity == "whole":
+        return [sum(sizes)]
+    if balancer.granularity == "tensor":
+        return sizes
+    if step.layers is None:
+        raise bad_argument(
+            balancer,
+            "granularity",
+            'be "whole" or "tensor" where modules are not known',
+            "'layer'",
+            "Change it, or use Balanced or MultiTaskModule",
+        )
+    pairs = groupby(zip(step.layers, sizes, strict=True), key=lambda pair: pair[0])
+    return [sum(size for _, size in members) for _, members in pairs]
+
+
+def _check_no_weights(balancer: RowBalancer, weight_heads: bool) -> None:
+    if weight_heads:
+        raise bad_argument(
+            balancer,
+            "weight_heads",
+            "be False for a method whose update is no weighted sum of the rows",
+            True,
+            "Leave it out; heads keep their own gradient",
+        )

@@ -19,8 +19,9 @@ _RIDGE = 1e-10
 
 
 def fair_weights(gram: Array, power: float) -> Array:
-    r"""Solve :math:`(G w)_t = w_t^{-p}` for :math:`w > 0`: Nash bargaining for ``p = 1``, alpha-fairness for
-    ``p = 1 / alpha``.
+    r"""Solve the equations of a fair bargain.
+
+    :math:`(G w)_t = w_t^{-p}` for :math:`w > 0`: Nash bargaining for ``p = 1``, alpha-fairness for ``p = 1 / alpha``.
 
     The solution is the minimiser of the convex :math:`\tfrac12 w^\top G w - \sum_t \int w_t^{-p}`, found by damped
     Newton from where it would be if no gradient saw another. Where the rows can be combined to zero with weights > 0

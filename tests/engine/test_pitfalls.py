@@ -198,7 +198,7 @@ def test_a_balancer_of_no_family_is_refused():
         def combine(self, rows, losses, present=None):
             return rows.sum(0)
 
-    with pytest.raises(TypeError, match="LossBalancer or a GramBalancer"):
+    with pytest.raises(TypeError, match="LossBalancer, a GramBalancer or a RowBalancer"):
         Two(Own(2))
 
 

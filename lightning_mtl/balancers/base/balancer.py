@@ -1,0 +1,178 @@
+"""What every balancer is: numbers in, numbers out, state in buffers and parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtl.checks import (
+    bad_argument,
+    check_num_tasks,
+    listed,
+)
+
+# What a method indexes its [T] state with: the present tasks. A slice when all are present (no copy, no sync).
+Tasks = slice | Tensor
+ALL: Tasks = slice(None)
+
+
+class Balancer(nn.Module):
+    """A method that turns the losses or gradients of ``T`` tasks into ``T`` weights.
+
+    It never sees a module, autograd, the trainer or a process group: what it is given is already reduced over
+    ranks. State lives in parameters and buffers of their final size, made in ``__init__``.
+
+    Args:
+        num_tasks: ``T``.
+
+    Raises: ``ValueError`` if ``num_tasks`` is not an integer >= 1.
+    """
+
+    #: Levels at which the method is defined.
+    levels: ClassVar[tuple[str, ...]] = ("parameters", "features")
+    #: Buffers that get their size in the first step: they hold something per shared parameter.
+    growing: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        check_num_tasks(num_tasks, self)
+        self.num_tasks = num_tasks
+        self.names: tuple[str, ...] | None = None
+        self._settings: dict[str, tuple[object, float, float, float]] = {}
+
+    def bind(self, names: Sequence[str]) -> None:
+        """Learn the task names, in the order of every ``[T]`` tensor.
+
+        Raises: ``ValueError`` if there are not ``num_tasks`` of them.
+        """
+        if len(names) != self.num_tasks:
+            raise bad_argument(
+                self,
+                "num_tasks",
+                f"equal the number of tasks ({listed(names)})",
+                self.num_tasks,
+                f"Build it with num_tasks={len(names)}, or pass the balancer's name and let the module build it",
+            )
+        self.names = tuple(names)
+        for name in self._settings:
+            self._buffers[name].copy_(self._setting_values(name))  # type: ignore[union-attr]
+
+    def _setting(
+        self, name: str, given: object, default: float, low: float = -math.inf, high: float = math.inf
+    ) -> None:
+        """An argument with one number per task, kept in the buffer ``name`` ``[T]``: a setting, not state."""
+        self._settings[name] = (dict(given) if isinstance(given, Mapping) else given), default, low, high
+        self.register_buffer(name, self._setting_values(name), persistent=False)
+
+    def _setting_values(self, name: str) -> Tensor:
+        given, default, low, high = self._settings[name]
+        values = torch.tensor(self._by_task(given, default, name, float), dtype=torch.float64)
+        if not bool((torch.isfinite(values) & (values >= low) & (values <= high)).all()):
+            bound = "be finite" if math.isinf(low) else f"be finite and >= {low:g}"
+            bound += "" if math.isinf(high) else f" and <= {high:g}"
+            raise bad_argument(self, name, bound, values.tolist(), "Change the entry that is not")
+        return values
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # The size of these is known from the first step, or from a checkpoint, only.
+        for name in self.growing:
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.shape != self._buffers[name].shape:  # type: ignore[union-attr]
+                self._buffers[name] = self._buffers[name].new_empty(saved.shape)  # type: ignore[union-attr]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def combine(self, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        """The update of the shared parameters, whatever the family of the method; counts as one step.
+
+        Shapes: rows ``[T, N]``, losses ``[T]``, present bool ``[T]`` -> ``[N]`` in the dtype of ``rows``.
+        """
+        raise NotImplementedError
+
+    def check_level(self, level: str) -> None:
+        """Raises: ``ValueError`` if the method is not defined at this level."""
+        if level not in self.levels:
+            raise bad_argument(
+                self,
+                "level",
+                f"be {' or '.join(map(repr, self.levels))} for this method",
+                repr(level),
+                "Change it, or choose another balancer",
+            )
+
+    def _place(self, task: int | str, arg: str) -> int:
+        """Where a task stands in the order; 0 as long as its name cannot be looked up."""
+        known = self.names if isinstance(task, str) else range(self.num_tasks)
+        if isinstance(task, str) and self.names is None:
+            return 0
+        if isinstance(task, bool) or known is None or task not in known:
+            raise bad_argument(
+                self,
+                arg,
+                f"be a task's name or a place in their order, 0 to {self.num_tasks - 1}",
+                repr(task),
+                f"The tasks are {listed(self.names or ())}",
+            )
+        return task if isinstance(task, int) else list(known).index(task)
+
+    def end_epoch(self) -> None:
+        """A training epoch has ended (for methods that compare epochs). Modules call it; plain loops call it too."""
+
+    def _by_task(self, values: object, default: Any, arg: str, convert: Callable[[Any], Any]) -> list[Any]:
+        """``values`` per task, in task order: from None, one value, a sequence, or a mapping of the bound names."""
+        if values is None:
+            return [default] * self.num_tasks
+        if isinstance(values, dict):
+            names = self.names or ()
+            unknown = [name for name in values if name not in names]
+            if unknown and self.names is not None:
+                raise bad_argument(
+                    self,
+                    arg,
+                    f"name tasks among {listed(names)}",
+                    listed(unknown),
+                    "Correct the name; tasks left out keep the default",
+                )
+            return [self._entry(values.get(name, default), arg, convert) for name in names] or [
+                default
+            ] * self.num_tasks
+        if isinstance(values, Tensor):
+            values = values.tolist()
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            return [self._entry(values, arg, convert)] * self.num_tasks
+        if len(values) != self.num_tasks:
+            raise bad_argument(
+                self,
+                arg,
+                f"have one entry per task ({self.num_tasks})",
+                f"{len(values)} entries",
+                "Give one entry per task, in task order, or a mapping of task names",
+            )
+        return [self._entry(value, arg, convert) for value in values]
+
+    def _entry(self, value: object, arg: str, convert: Callable[[Any], Any]) -> Any:
+        try:
+            return convert(value)
+        except (TypeError, ValueError) as error:
+            raise bad_argument(
+                self,
+                arg,
+                "hold one number per task",
+                repr(value),
+                "Give a number, a sequence in task order, or a mapping of task names",
+                type(error),
+            ) from error
+
+    def _keep_buffers(self, before: dict[str, Tensor | None], *, on_cpu: bool) -> None:
+        """Undo casts (``precision="bf16-true"`` would ruin counters and moments) and, on demand, moves."""
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None or old.is_meta:
+                continue
+            if on_cpu:
+                self._buffers[name] = old
+            elif new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)

@@ -1,0 +1,166 @@
+"""The family of methods that need the inner products of the task gradients."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers.base.balancer import ALL, Balancer, Tasks
+from lightning_mtl.checks import (
+    bad_argument,
+    check_gram,
+    check_integer,
+    check_losses,
+    check_present,
+    check_rows,
+)
+from lightning_mtl.linalg import gram as gram_of
+
+
+class GramBalancer(Balancer):
+    """A method that needs only the inner products of the task gradients (and the losses).
+
+    The solve runs on the CPU in float64: it is a few numbers, and dozens of tiny kernels would cost a GPU more
+    than one transfer. So buffers stay on the CPU and keep their dtype whatever happens to the module.
+
+    Args:
+        num_tasks: ``T``.
+        every_n_steps: solve in every n-th step only and reuse the weights in between; a step without a solve
+            costs one ordinary backward. Overflows are noticed in steps with a solve only.
+
+    State: ``step`` counts backwards (with accumulation several per optimizer step); one whose gram is not finite does
+    not count, unless it was to reuse its weights and had no gram. ``last_weights`` ``[T]`` (``[K, T]`` in groups).
+    Raises: ``ValueError`` if ``every_n_steps`` is not an integer >= 1.
+    """
+
+    step: Tensor
+    last_weights: Tensor
+    #: Where the gram is taken at level "parameters": all shared parameters, or the last shared layer only.
+    gram_at: Literal["shared", "last_layer"] = "shared"
+    #: Whether the method works on ``K`` groups of parameters apart: each parameter tensor, each layer, or all as one.
+    granularity: Literal["whole", "layer", "tensor"] = "whole"
+    #: Whether :meth:`weights` is written for groups: gram ``[K, P, P]`` -> weights ``[K, P]``.
+    grouped: ClassVar[bool] = False
+    #: Whether the method compares two independent halves of the batch: the gram is ``[2T, 2T]``, the rows of the first
+    #: halves before those of the second, each half's loss a share of the task's loss.
+    halves: ClassVar[bool] = False
+
+    def __init__(self, num_tasks: int, every_n_steps: int = 1) -> None:
+        super().__init__(num_tasks)
+        check_integer(every_n_steps, "every_n_steps", self, low=1)
+        self.every_n_steps = every_n_steps
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        shape = (1, num_tasks) if self.grouped else (num_tasks,)
+        self.register_buffer("last_weights", torch.ones(shape, dtype=torch.float64))
+
+    @abstractmethod
+    def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
+        """The weights of the present tasks; may move state. Overridden by each method.
+
+        Shapes: gram float64 ``[P, P]``, losses float64 ``[P]``, ``tasks`` indexes ``[T]`` state -> ``[P]``.
+        Called with finite numbers and ``P >= 1`` only, without autograd.
+        """
+
+    def check_level(self, level: str) -> None:
+        super().check_level(level)
+        if level == "features" and self.granularity != "whole":
+            raise bad_argument(
+                self,
+                "granularity",
+                'be "whole" at level "features", where no parameters are looked at',
+                repr(self.granularity),
+                'Pass granularity="whole", or use level="parameters"',
+            )
+
+    def private_weights(self, losses: Tensor, present: Tensor | None = None) -> Tensor | None:
+        """Factors of the heads' own gradients, for methods that scale the losses; ``None`` for 1 each.
+
+        Shapes: losses ``[T]`` (averaged over the ranks), present bool ``[T]`` -> ``[T]``.
+        """
+        return None
+
+    def own_objective(self, losses: Tensor, present: Tensor | None = None) -> Tensor | None:
+        """What the balancer's own parameters minimise, if it has any. Shapes: losses ``[T]``, detached -> ``[]``."""
+        return None
+
+    @property
+    def due(self) -> bool:
+        """Whether this step solves (else the last weights are used again)."""
+        return int(self.step) % self.every_n_steps == 0
+
+    @torch.no_grad()
+    def forward(self, gram: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        """One step: check, drop absent tasks, solve. Final.
+
+        A gram or loss that is not finite gives NaN weights and moves no state, so that a gradient scaler skips
+        the step. An absent task gets weight 0 and its state does not move.
+
+        Shapes: gram ``[T, T]`` (``[2T, 2T]`` with halves, ``[K, T, T]`` in groups), losses ``[T]``, present bool
+        ``[T]`` -> float64 ``[T]`` (``[K, T]``) on the CPU.
+        """
+        check_gram(gram, self.num_tasks * (2 if self.halves else 1), self, grouped=self.grouped)
+        check_losses(losses, self.num_tasks, self)
+        gram, losses = (x.detach().to(self.step.device, torch.float64) for x in (gram, losses))
+        weights = losses.new_zeros((*gram.shape[:-2], self.num_tasks))
+        tasks = ALL
+        if present is not None:
+            check_present(present, self.num_tasks, self)
+            if not bool(present.all()):
+                tasks = present.to(losses.device).nonzero().squeeze(1)
+                rows = torch.cat([tasks, tasks + self.num_tasks]) if self.halves else tasks
+                gram, losses = gram[..., rows, :][..., rows], losses[tasks]
+        if len(losses) == 0:
+            return weights
+        # One number instead of a mask: a sum is finite only if all its terms are.
+        if not math.isfinite(gram.sum().item() + losses.sum().item()):
+            return weights.fill_(float("nan"))
+        if self.last_weights.shape != weights.shape:
+            self.last_weights = weights.new_ones(weights.shape)
+        solved = self.weights(gram, losses, tasks)
+        if tasks is ALL:
+            weights.copy_(solved)
+            self.last_weights.copy_(solved)
+        else:
+            weights[..., tasks] = self.last_weights[..., tasks] = solved
+        self.step += 1
+        return weights
+
+    @torch.no_grad()
+    def reuse(self, present: Tensor | None = None) -> Tensor:
+        """One step without a solve: the last weights, 0 for absent tasks. Shapes: present ``[T]`` -> as forward."""
+        self.step += 1
+        if present is None:
+            return self.last_weights.clone()
+        return self.last_weights * present.to(self.last_weights.device)
+
+    def combine(
+        self, rows: Tensor, losses: Tensor, present: Tensor | None = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
+        """As for every balancer; ``sizes`` are the widths of the ``K`` groups, by default one of all ``N``.
+
+        With halves, rows ``[2T, N]``.
+        """
+        check_rows(rows, self.num_tasks * (2 if self.halves else 1), self)
+        parts = rows.split(list(sizes or [rows.shape[1]]), dim=1)
+        if self.due:
+            gram = torch.stack([gram_of(part) for part in parts]) if self.grouped else gram_of(rows)
+            weights = self(gram, losses, present)
+        else:
+            weights = self.reuse(present)
+        if self.halves:
+            weights = weights.repeat(2)
+        weights = weights.to(rows.device, rows.dtype)
+        if not self.grouped:
+            return weights @ rows
+        return torch.cat([weight @ part for weight, part in zip(weights, parts, strict=True)])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GramBalancer:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._keep_buffers(before, on_cpu=True)
+        return self
