@@ -384,15 +384,14 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 def _halved_loss(
     task: Task, output: Any, target: Any, name: str, mask: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | int | None]:
-    """The mean loss of a batch, as the sum of what its first and its second half of the samples contribute to it."""
+    """The mean loss of a batch, as the sum of what its even and its odd samples contribute to it."""
     size = num_samples(target)
     if size < 2:
         raise bad_argument(
             task, f"target of '{name}'", "have at least two samples to halve", size, "Use larger batches"
         )
-    middle = (size + 1) // 2
     found = []
-    for half in (slice(0, middle), slice(middle, size)):
+    for half in (slice(0, None, 2), slice(1, None, 2)):
         parts = tree_map(
             lambda value, half=half: value[half] if isinstance(value, Tensor) else value, (output, target, mask)
         )

@@ -17,10 +17,6 @@ _SCALES: dict[str, Callable[[np.ndarray], float]] = {
     "median": np.median,
     "rmse": lambda values: np.sqrt(np.mean(np.square(values))),
 }
-    "min": np.min,
-    "median": np.median,
-    "rmse": lambda values: np.sqrt(np.mean(np.square(values))),
-}
 
 
 class Aligned(GramBalancer):
