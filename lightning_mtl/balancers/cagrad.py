@@ -10,8 +10,9 @@ from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_choice, check_number
 from lightning_mtl.linalg import cagrad_dual
 
-#: A direction shorter than this against the shortest gradient is one of length zero.
-_NOTHING = 1e-9
+#: A combination shorter than this against the sum of the lengths of its parts is zero: a gram knows its square only up to
+#: rounding of that of the sum.
+_NOTHING = 1e-6
 
 
 class CAGrad(GramBalancer):
@@ -60,7 +61,7 @@ class CAGrad(GramBalancer):
             dual = np.zeros_like(weights)
             dual[there] = cagrad_dual(inner[there][:, there], self.c, float(there.mean()))
             norm = np.sqrt(max(float(dual @ inner @ dual), 0.0))
-            if norm > _NOTHING * np.sqrt(squares[there].min()):
+            if norm > _NOTHING * float(dual @ np.sqrt(squares)):
                 weights = weights + self.c * length / norm * dual
         if self.rescale == "official":
             weights = weights / (1 + self.c**2)

@@ -57,6 +57,12 @@ def solve_symmetric(unit: Array, right: Array) -> Array:
 def equal_angles(unit: Array) -> Array:
     """Weights on the unit rows whose combination has the inner product 1 with each of them, or comes closest to it.
 
+    All zero where no combination comes closer than zero does.
+
     Shapes: unit ``[T, T]`` -> ``[T]``.
     """
-    return solve_symmetric(unit, (unit.diagonal() > 0).astype(float))
+    ones = (unit.diagonal() > 0).astype(float)
+    weights = solve_symmetric(unit, ones)
+    if ones @ unit @ weights <= RANK_TOLERANCE * len(unit):
+        return np.zeros_like(ones)
+    return weights
