@@ -10,9 +10,10 @@ from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_choice, check_number
 from lightning_mtl.linalg import cagrad_dual
 
-#: A combination shorter than this against the sum of the lengths of its parts is zero: a gram knows its square only up to
-#: rounding of that of the sum.
+#: A combination shorter than this against the sum of the lengths of its parts is zero: a gram knows its square only
+#: up to rounding of that of the sum.
 _NOTHING = 1e-6
+_NO_MEAN = 3e-8
 
 
 class CAGrad(GramBalancer):
@@ -57,7 +58,7 @@ class CAGrad(GramBalancer):
         there = squares > 0
         weights = np.full(len(inner), 1 / len(inner))
         length = np.sqrt(max(float(inner.mean()), 0.0))
-        if there.any() and length > 0 and self.c > 0:
+        if self.c > 0 and length > _NO_MEAN * float(np.sqrt(squares).mean()):
             dual = np.zeros_like(weights)
             dual[there] = cagrad_dual(inner[there][:, there], self.c, float(there.mean()))
             norm = np.sqrt(max(float(dual @ inner @ dual), 0.0))

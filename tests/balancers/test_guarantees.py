@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Problem:
         return weights.view(-1).numpy()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unit_rows(num_tasks: int, rank: int, index: int) -> Array:
     generator = np.random.default_rng([num_tasks, rank, index])
     rows = generator.standard_normal((num_tasks, rank)) @ generator.standard_normal((rank, 150))
@@ -84,7 +84,7 @@ def _rows(num_tasks: int, rank: int, ratio: float, dtype: torch.dtype, index: in
     return rows.to(dtype).double().numpy()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _margin(num_tasks: int, rank: int, dtype: torch.dtype, index: int) -> float:
     return margin(torch.from_numpy(_unit_rows(num_tasks, rank, index)).to(dtype).double().numpy(), rank)
 
@@ -144,9 +144,10 @@ def mgda(problem: Problem) -> Residuals:
     gap = update @ update - rows @ update
     yield "gap", float((gap / (length * np.maximum(length, norms))).max())
     yield "complementarity", float(weights @ np.abs(gap) / (length * total))
-    if length >= 1e-3 * total:
+    # The products that are compared are rounded relative to the longest gradient.
+    if length**2 >= 1e-6 * total * norms.max():
         yield "gap / squared length", float(gap.max()) / length**2
-    if problem.num_tasks == 2:
+    if problem.num_tasks == problem.rank == 2:
         difference = rows[1] - rows[0]
         first = np.clip(rows[1] @ difference / (difference @ difference), 0, 1)
         yield "closed form", abs(weights[0] - first)
