@@ -398,8 +398,8 @@ def _halved_loss(
         loss, count = task.mean_loss(parts[0], parts[1], name, parts[2])
         found.append((loss, num_samples(parts[1]) if count is None else count, count))
     total: Any = found[0][1] + found[1][1]
-    total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
-    shares = [loss * (count / total) for loss, count, _ in found]
+    divisor = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+    shares = [loss * (count / divisor) for loss, count, _ in found]
     return shares[0] + shares[1], (shares[0], shares[1]), None if found[0][2] is None else total
 
 

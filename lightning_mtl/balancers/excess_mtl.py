@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import RowBalancer, Tasks
 from lightning_mtl.checks import check_integer, check_number
+from lightning_mtl.linalg import proportions
 
 
 class ExcessMTL(RowBalancer):
@@ -64,10 +65,10 @@ class ExcessMTL(RowBalancer):
         self.first[tasks] = first
         moved = (self.seen[tasks] > self.warmup_steps) & (first > 0) & ~starts
         growth = torch.where(moved, self.eta * excess / torch.where(first > 0, first, 1.0), 0.0)
-        total = self.task_weights[tasks].sum()
+        before, total = proportions(self.task_weights[tasks])
         # Only the proportions count, so the largest exponent is 0.
-        weights = self.task_weights[tasks] * torch.exp(growth - growth.max())
-        self.task_weights[tasks] = weights * (total / weights.sum())
-        shown = weights / weights.sum()
-        self.last_weights[tasks] = shown
-        return shown.to(rows.dtype) @ rows
+        weights, _ = proportions(before * torch.exp(growth - growth.max()))
+        # Absent tasks keep their share.
+        self.task_weights[tasks] = weights * total
+        self.last_weights[tasks] = weights
+        return weights.to(rows.dtype) @ rows

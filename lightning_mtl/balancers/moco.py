@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import RowBalancer, Tasks
 from lightning_mtl.checks import check_choice, check_number
-from lightning_mtl.linalg import gram, project_on_simplex
+from lightning_mtl.linalg import gram, project_on_simplex, proportions
 
 
 class MoCo(RowBalancer):
@@ -71,9 +71,7 @@ class MoCo(RowBalancer):
         beta = (self.beta / self.seen[tasks] ** self.beta_decay).to(rows.dtype)[:, None]
         tracked[tasks] = torch.lerp(tracked[tasks], rows, beta)
         current = tracked[tasks]
-        weights = self.task_weights[tasks]
-        total = weights.sum()
-        weights = weights / total
+        weights, total = proportions(self.task_weights[tasks])
         slope = (gram(current) + self.rho * torch.eye(len(weights), device=rows.device)) @ weights
         moved = weights - self.gamma / (int(self.step) + 1) ** self.gamma_decay * slope
         if self.projection == "softmax":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_choice, check_number
-from lightning_mtl.linalg import cross_gram, project_on_simplex
+from lightning_mtl.linalg import cross_gram, project_on_simplex, proportions
 
 
 class MoDo(GramBalancer):
@@ -59,8 +59,7 @@ class MoDo(GramBalancer):
         self.register_buffer("task_weights", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
-        total = self.task_weights[tasks].sum()
-        weights = self.task_weights[tasks] / total
+        weights, total = proportions(self.task_weights[tasks])
         moved = weights - self.gamma * (cross_gram(gram) @ weights + self.rho * weights)
         if self.projection == "softmax":
             moved = moved.softmax(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_integer, check_number
-from lightning_mtl.linalg import cross_gram, project_on_simplex
+from lightning_mtl.linalg import cross_gram, project_on_simplex, proportions
 
 
 class SDMGrad(GramBalancer):
@@ -73,8 +73,8 @@ class SDMGrad(GramBalancer):
         # The mean norm, from both halves: the cross products of one task may be negative.
         norms = gram.diagonal().clamp(min=0).sqrt().numpy()
         size = float((norms[: len(cross)] + norms[len(cross) :]).mean())
-        share = float(self.task_weights[tasks].sum())
-        weights = self.task_weights[tasks].numpy() / share
+        start, share = proportions(self.task_weights[tasks])
+        weights = start.numpy()
         preference = self.preference[tasks].numpy()
         preference = preference / preference.sum() if preference.sum() > 0 else weights
         speed = np.zeros_like(weights)
@@ -82,5 +82,5 @@ class SDMGrad(GramBalancer):
             speed = self.momentum * speed + cross @ (weights + self.pull * preference) / size**2
             weights = project_on_simplex(weights - self.lr * speed)
         # Absent tasks keep their share.
-        self.task_weights[tasks] = torch.from_numpy(weights * share)
+        self.task_weights[tasks] = torch.from_numpy(weights) * share
         return torch.from_numpy((weights + self.pull * preference) / (1 + self.pull))

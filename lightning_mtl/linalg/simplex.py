@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightning_mtl.linalg.unit import unit_gram
 
@@ -21,6 +23,15 @@ def project_on_simplex(vector: Array) -> Array:
     last = int(np.nonzero(ordered * count > excess)[0][-1])
     result: Array = np.maximum(vector - excess[last] / (last + 1), 0)
     return result
+
+
+def proportions(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights >= 0 divided by their sum, and the sum; where that is 0, equal ones.
+
+    Shapes: ``[P]`` -> ``[P]``, ``[]``.
+    """
+    total = weights.sum()
+    return torch.where(total > 0, weights / total, 1 / len(weights)), total
 
 
 def min_norm(gram: Array) -> Array:
