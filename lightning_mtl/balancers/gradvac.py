@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_choice, check_integer, check_number
-from lightning_mtl.linalg import cosines
+from lightning_mtl.linalg import random_orders
+
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 class GradVac(GramBalancer):
@@ -65,29 +68,31 @@ class GradVac(GramBalancer):
         groups, count = gram.shape[:2]
         if len(self.targets) != groups:
             self.targets = gram.new_zeros((groups, self.num_tasks, self.num_tasks))
-        index = torch.arange(self.num_tasks)[tasks]
-        norms = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-        generator = torch.Generator().manual_seed(self.seed + int(self.step))
-        mix = torch.eye(count, dtype=gram.dtype).repeat(groups, 1, 1)
-        for i in range(count):
-            for j in (torch.randperm(count, generator=generator)).tolist():
-                if j != i:
-                    self._pull(mix, gram, norms, i, j, index)
-        return mix.sum(1)
-
-    def _pull(self, mix: Tensor, gram: Tensor, norms: Tensor, i: int, j: int, index: Tensor) -> None:
-        """Correct the gradient of task ``i`` in all groups for task ``j``, then move the target."""
-        row = mix[:, i]
-        own = torch.einsum("kp,kpq,kq->k", row, gram, row).clamp(min=0).sqrt()
-        inner = torch.einsum("kp,kp->k", row, gram[:, :, j])
-        pair = torch.stack([own**2, inner, inner, norms[:, j] ** 2], -1).view(-1, 2, 2)
-        phi = torch.stack([cosines(matrix)[0, 1] for matrix in pair])
-        a, b = int(index[i]), int(index[j])
-        target = self.targets[:, a, b]
+        # In numpy, as in PCGrad: calling torch would take most of the time.
+        inner = gram.numpy()
+        index = np.arange(self.num_tasks)[tasks if isinstance(tasks, slice) else tasks.numpy()]
+        norms = np.sqrt(np.maximum(inner.diagonal(axis1=1, axis2=2), 0))
+        # Task i meets each of the others once: [K, T - 1, P], a turn after the other.
+        rows, orders = np.arange(count), random_orders(count, self.seed + int(self.step)).T
+        known = self.targets.numpy()
+        others, targets = norms[:, orders], known[:, index, index[orders]]
         # A target of 1 cannot be reached; a gradient of zero has no direction.
-        room = (1 - target**2).clamp(min=0).sqrt()
-        pulled = (phi < target) & (norms[:, j] > 0) & (room > 0)
-        amount = own * (target * (1 - phi**2).clamp(min=0).sqrt() - phi * room) / (norms[:, j] * room)
-        mix[:, i, j] += torch.where(pulled, amount, 0)
-        seen = (own > 0) & (norms[:, j] > 0)
-        self.targets[:, a, b] = torch.where(seen, (1 - self.beta) * target + self.beta * phi, target)
+        room = np.sqrt(np.maximum(1 - targets**2, 0))
+        possible = (others > 0) & (room > 0)
+        slope = np.divide(targets, room, out=np.zeros_like(room), where=possible)
+        inverse = np.divide(1.0, others, out=np.zeros_like(others), where=possible)
+        amounts, cosines, met = np.zeros_like(targets), np.zeros_like(targets), np.zeros_like(possible)
+        # Products of the corrected gradients with the raw ones, and squares of their lengths.
+        seen, squares = inner.copy(), norms**2
+        for turn, j in enumerate(orders):
+            product, other, own = seen[:, rows, j], others[:, turn], np.sqrt(np.maximum(squares, 0))
+            both = own * other
+            phi = np.minimum(np.maximum(product / np.maximum(both, _TINY), -1), 1)
+            amount = own * (slope[:, turn] * np.sqrt(1 - phi * phi) - phi) * inverse[:, turn] * (phi < targets[:, turn])
+            squares = squares + amount * (2 * product + amount * other * other)
+            seen += amount[:, :, None] * inner[:, j]
+            amounts[:, turn], cosines[:, turn], met[:, turn] = amount, phi, both > 0
+        known[:, index, index[orders]] = np.where(met, (1 - self.beta) * targets + self.beta * cosines, targets)
+        weights = np.ones((groups, count))
+        np.add.at(weights, (slice(None), orders), amounts)
+        return torch.from_numpy(weights)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_integer
+from lightning_mtl.linalg import random_orders
 
 
 class PCGrad(GramBalancer):
@@ -60,6 +61,4 @@ class PCGrad(GramBalancer):
 
     def _orders(self, num: int) -> np.ndarray:
         """For each task a random order of the others: ``[P, P - 1]``."""
-        generator = torch.Generator().manual_seed(self.seed + int(self.step))
-        order = torch.rand((num, num - 1), generator=generator).numpy().argsort(axis=1)
-        return order + (order >= np.arange(num)[:, None])
+        return random_orders(num, self.seed + int(self.step))
