@@ -10,6 +10,8 @@ Array = np.ndarray
 _ROUNDS = 200
 #: How far a power may be from 1, or from the one before, as a logarithm.
 _FAR = 0.8
+#: A Newton step that changes no weight by more than this share is taken whole, if it brings the equation nearer.
+_NEAR = 0.3
 #: Relative residual at which the equation counts as solved.
 _SOLVED = 1e-5
 #: Relative residual at which Newton has nothing to add.
@@ -78,16 +80,19 @@ def _newton(system: Array, r: Array, power: float) -> tuple[Array, float]:
             break
         if not np.isfinite(move).all():
             break
-        z = z + _step(system, r, z, move, float(residual @ move), power) * move
+        z = z + _step(system, r, z, move, float(residual @ move), power, now) * move
     return best, error
 
 
-def _step(system: Array, r: Array, z: Array, move: Array, slope: float, power: float) -> float:
+def _step(system: Array, r: Array, z: Array, move: Array, slope: float, power: float, now: float) -> float:
     """How far to go: at most nine tenths of the way to 0, which the barrier forbids, and downhill."""
-    falling = float((move / z).min())
+    share = move / z
+    falling = float(share.min())
+    if max(-falling, float(share.max())) <= _NEAR and _error(system, r, z + move, power) < now:
+        return 1.0
     step = min(1.0, 0.9 / -falling) if falling < 0 else 1.0
     value = _objective(system, r, z, power)
-    if -slope <= 1e-12 * abs(value):
+    if -slope <= 1e-12 * (abs(value) + float(z @ np.abs(system) @ z)):
         # The objective, in which large tasks drown the small, cannot tell any more: the equations themselves can.
         tried = [step * 0.5**halving for halving in range(8)]
         return min(tried, key=lambda part: _error(system, r, z + part * move, power))
