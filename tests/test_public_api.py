@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lightning_mtl
-from lightning_mtl.balancers import Balancer, GramBalancer, LossBalancer, available, load
+from lightning_mtl.balancers import Balancer, GramBalancer, LossBalancer, RowBalancer, available, load
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 
@@ -22,9 +22,10 @@ REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 CONTRACT = {
     "lightning_mtl": "MultiTaskModule Balanced Task TaskRegistry Balance backward boundary allow_several_backwards",
     "lightning_mtl.balancers": (
-        "available load resolve Balancer LossBalancer GramBalancer Fixed Uncertainty GradNorm "
+        "available load resolve Balancer LossBalancer GramBalancer RowBalancer Fixed Uncertainty GradNorm "
         "PCGrad IMTLL LogSum GeometricMean DWA RLW FAMO STCH COSMOS PBI DTP "
-        "MGDA IMTLG CAGrad Nash FairGrad Aligned UPGrad DualProj ConFIG PCD GradVac DBMTL MetaBalance Krum"
+        "MGDA IMTLG CAGrad Nash FairGrad Aligned UPGrad DualProj ConFIG PCD GradVac DBMTL MetaBalance Krum "
+        "GradDrop TrimmedMean ExcessMTL MoCo DBMTLAverage MoDo SDMGrad IMTL Chain MovingAverage ClipUpdate"
     ),
     "lightning_mtl.tasks": "Task TaskRegistry ClassificationTask MultiLabelTask RegressionTask ReconstructionTask",
     "lightning_mtl.metrics": "delta_m",
@@ -76,6 +77,17 @@ ARGUMENTS = {
     "DBMTL": "num_tasks every_n_steps",
     "MetaBalance": "num_tasks main relax beta granularity every_n_steps",
     "Krum": "num_tasks num_outliers num_selected every_n_steps",
+    "GradDrop": "num_tasks leak seed",
+    "TrimmedMean": "num_tasks num_trimmed",
+    "ExcessMTL": "num_tasks eta warmup_steps",
+    "MoCo": "num_tasks beta beta_decay gamma gamma_decay rho projection",
+    "DBMTLAverage": "num_tasks beta beta_decay",
+    "MoDo": "num_tasks gamma rho projection every_n_steps",
+    "SDMGrad": "num_tasks pull preference lr momentum iterations every_n_steps",
+    "IMTL": "num_tasks every_n_steps",
+    "Chain": "num_tasks first then every_n_steps",
+    "MovingAverage": "num_tasks balancer alpha every_n_steps",
+    "ClipUpdate": "num_tasks balancer max_norm every_n_steps",
     "BalanceMonitor": "every_n_steps cosines",
     "ConflictHeatmap": "every_n_epochs key",
     "FinalTable": "key",
@@ -178,30 +190,41 @@ def test_the_balancers_that_are_available():
     assert available() == [
         "aligned",
         "cagrad",
+        "chain",
+        "clip_update",
         "config",
         "cosmos",
         "db_mtl",
+        "db_mtl_average",
         "dtp",
         "dualproj",
         "dwa",
+        "excess_mtl",
         "fairgrad",
         "famo",
         "fixed",
         "geometric_mean",
+        "graddrop",
         "gradnorm",
         "gradvac",
+        "imtl",
         "imtl_g",
         "imtl_l",
         "krum",
         "log_sum",
         "metabalance",
         "mgda",
+        "moco",
+        "modo",
+        "moving_average",
         "nash",
         "pbi",
         "pcd",
         "pcgrad",
         "rlw",
+        "sdmgrad",
         "stch",
+        "trimmed_mean",
         "uncertainty",
         "upgrad",
     ]
@@ -220,8 +243,9 @@ def test_a_balancer_has_a_short_name_a_class_name_and_a_class_path(name):
 def test_every_balancer_combines_rows(name):
     made = load(name, num_tasks=3)
     assert isinstance(made, Balancer)
-    assert isinstance(made, (LossBalancer, GramBalancer))
-    update = made.combine(torch.randn(3, 7), torch.ones(3))
+    assert isinstance(made, (LossBalancer, GramBalancer, RowBalancer))
+    halves = isinstance(made, GramBalancer) and made.halves
+    update = made.combine(torch.randn(6 if halves else 3, 7), torch.ones(3))
     assert update.shape == (7,)
 
 
@@ -230,7 +254,7 @@ def test_what_a_balancer_docstring_says(name):
     doc = inspect.getdoc(type(load(name, num_tasks=2))) or ""
     for part in ("Args:", "Shapes:", "State", "Update:", "Example:"):
         assert part in doc, part
-    assert ("Paper:" in doc) == (name != "fixed")
+    assert ("Paper:" in doc) == (name not in ("fixed", "chain", "clip_update"))
 
 
 def test_a_balancer_of_ones_own_is_found_by_its_path():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancers import DTP, Balancer, GramBalancer, LossBalancer, load
+from lightning_mtl.balancers import DTP, Balancer, GramBalancer, LossBalancer, RowBalancer, load
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Case:
     Args:
         key: its short name.
         promises: each is a test in ``test_balancers.py`` that runs for the balancers that give it.
-        known: the first weights for the rows (-4, 1, 1) and (6, 1, 1) and the losses 1 and 1, worked out by hand.
+        known: the first weights for the rows (-4, 1, 1) and (6, 1, 1) and the losses 1 and 1, worked out by hand; None
+            for a method without weights.
+        update: the first update for the same, for methods that need the rows.
         alone: the weight of a single task, "inverse" for one over its loss, "unit" for one over its gradient's length.
         learned: the names of its trainable parameters.
         bold: options with which its state moves fast.
@@ -29,7 +31,8 @@ class Case:
 
     key: str
     promises: frozenset[str]
-    known: tuple[float, float]
+    known: tuple[float, float] | None
+    update: tuple[float, float, float] | None = None
     alone: float | str = 1.0
     learned: tuple[str, ...] = ()
     bold: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Case:
         return balancer
 
 
-def case(key: str, *promises: str, known: tuple[float, float], **more: object) -> Case:
+def case(key: str, *promises: str, known: tuple[float, float] | None = None, **more: object) -> Case:
     return Case(key, frozenset(promises), known, **more)  # type: ignore[arg-type]
 
 
@@ -247,6 +250,75 @@ CASES = [
         "mean_if_agreeing",
         known=(0.5 + 11 / 18, 0.5 + 11 / 38),
     ),
+    # Methods that need the rows.
+    #
+    # The first draw of seed 0 is 0.4963, and the first coordinate positive with 1/2 (1 + 2/10).
+    case("graddrop", "scale_free", "equivariant", "sum_if_agreeing", update=(6, 2, 2)),
+    case("trimmed_mean", "scale_free", "equivariant", "ignores_state", "mean_if_agreeing", update=(1, 1, 1)),
+    case(
+        "excess_mtl",
+        "scale_free_from_the_start",
+        "equivariant",
+        "sums_to_1",
+        "never_negative",
+        known=(0.5, 0.5),
+        update=(1, 1, 1),
+        bold={"eta": 20.0},
+    ),
+    # Half of each row is tracked: the gram is a quarter, its product with (1/2, 1/2) is (-1/2, 2), and the weights move
+    # to (0.55, 0.3), 0.15 below the simplex.
+    case(
+        "moco",
+        "equivariant",
+        "sums_to_1",
+        "never_negative",
+        known=(0.625, 0.375),
+        update=(-0.125, 0.5, 0.5),
+        alone=0.5,
+        bold={"gamma": 2.0},
+    ),
+    case(
+        "db_mtl_average",
+        "scale_free_from_the_start",
+        "equivariant",
+        update=(6 - 4 * sqrt(38 / 18), 1 + sqrt(38 / 18), 1 + sqrt(38 / 18)),
+        alone="inverse",
+    ),
+    # Methods that compare halves of the batch. With the halves of `shown` the inner products of these two rows are 3/4
+    # of the gram, their product with (1/2, 1/2) is (-3/2, 6), and the weights move to (0.65, -0.1).
+    case("modo", "equivariant", "sums_to_1", "never_negative", known=(0.875, 0.125), bold={"gamma": 2.0}),
+    # The last of its 20 steps ends in a corner, (0, 1).
+    case("sdmgrad", "scale_free", "equivariant", "sums_to_1", "never_negative", known=(0.15 / 1.3, 1.15 / 1.3)),
+    # Methods made from others: mgda; nash, whose update is sqrt(2) long here; dwa and pcgrad; imtl_l and imtl_g.
+    case("moving_average", "scale_free", "equivariant", "sums_to_1", "never_negative", known=(0.6, 0.4)),
+    case(
+        "clip_update",
+        "scale_power",
+        "loss_scale_free",
+        "equivariant",
+        "ignores_state",
+        "never_negative",
+        "no_task_gets_worse",
+        "at_most_1_long",
+        known=tuple(1 / sqrt(2 * x * (1 - 22 / sqrt(18 * 38))) for x in (18, 38)),
+        alone="unit",
+        power=0.0,
+    ),
+    case(
+        "chain",
+        "scale_free",
+        "equivariant_for_two",
+        "sum_if_agreeing",
+        "no_task_of_two_gets_worse",
+        known=(1 + 22 / 18, 1 + 22 / 38),
+    ),
+    case(
+        "imtl",
+        "scale_free",
+        "equivariant",
+        known=(sqrt(38) / (sqrt(18) + sqrt(38)), sqrt(18) / (sqrt(18) + sqrt(38))),
+        learned=("first.log_scale",),
+    ),
 ]
 
 
@@ -266,18 +338,47 @@ def losses(num_tasks: int, seed: int = 0) -> Tensor:
 
 
 def weigh(balancer: Balancer, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
-    """One step of any balancer: its weights ``[T]``."""
+    """One step of any balancer that has weights: they ``[T]``."""
     if isinstance(balancer, LossBalancer):
         weights = balancer.weights(losses, present)
         balancer.advance(losses, present)
         return weights
+    if isinstance(balancer, RowBalancer):
+        balancer.combine(rows, losses, present)
+        return balancer.last_weights if present is None else balancer.last_weights.where(present, 0)
     assert isinstance(balancer, GramBalancer)
     return balancer(gram(balancer, rows), losses, present).view(-1)
 
 
+def outcome(balancer: Balancer, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
+    """One step of any balancer: its weights ``[T]``; for one that needs the rows its update ``[N]``."""
+    if isinstance(balancer, RowBalancer):
+        return balancer.combine(rows, losses, present)
+    return weigh(balancer, rows, losses, present)
+
+
+def in_order(balancer: Balancer, outcome: Tensor, tasks: list[int]) -> Tensor:
+    """The outcome for these tasks, in this order: an update has no tasks."""
+    return outcome if isinstance(balancer, RowBalancer) else outcome[tasks]
+
+
+def combine(balancer: Balancer, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
+    """One step of any balancer: its update ``[N]``."""
+    return balancer.combine(shown(balancer, rows), losses, present)
+
+
+def shown(balancer: Balancer, rows: Tensor) -> Tensor:
+    """The rows, or for one that compares halves of the batch two parts ``[2T, N]`` that add up to them."""
+    if not (isinstance(balancer, GramBalancer) and balancer.halves):
+        return rows
+    apart = rows.roll(1, dims=1) / 4
+    return torch.cat([rows / 2 + apart, rows / 2 - apart])
+
+
 def gram(balancer: Balancer, rows: Tensor) -> Tensor:
     """What a gram balancer is shown of the rows: for one in groups, all parameters as one group."""
-    inner = rows @ rows.T
+    parts = shown(balancer, rows)
+    inner = parts @ parts.T
     return inner[None] if isinstance(balancer, GramBalancer) and balancer.grouped else inner
 
 

@@ -80,9 +80,10 @@ class Balancer(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # The size of these is known from the first step, or from a checkpoint, only.
         for name in self.growing:
-            saved = state_dict.get(prefix + name)
-            if isinstance(saved, Tensor) and saved.shape != self._buffers[name].shape:  # type: ignore[union-attr]
-                self._buffers[name] = self._buffers[name].new_empty(saved.shape)  # type: ignore[union-attr]
+            saved, own = state_dict.get(prefix + name), self._buffers[name]
+            if isinstance(saved, Tensor) and own is not None and saved.shape != own.shape:
+                # What is still empty has no dtype of its own yet: that of the rows.
+                self._buffers[name] = own.new_empty(saved.shape, dtype=own.dtype if own.numel() else saved.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def combine(self, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:

@@ -89,6 +89,8 @@ class RowBalancer(Balancer):
                     "Do not freeze or unfreeze shared parameters in between, or build a new balancer then",
                 )
             self._buffers[name] = rows.new_zeros((self.num_tasks, rows.shape[1]))
+        elif buffer.dtype != rows.dtype:
+            self._buffers[name] = buffer.to(rows.dtype)
         grown: Tensor = getattr(self, name)
         return grown
 
