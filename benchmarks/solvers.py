@@ -1,0 +1,139 @@
+"""What the weights of one step cost, and how exact they are, against torchjd.
+
+Run:   python benchmarks/solvers.py                  (CPU, one thread, about a minute)
+Shows: median time from a gram of T tasks to weights; the same for torchjd 0.18 where it has the method and needs no
+       solver library; the worst residual of both (see tests/balancers/guarantees.py), for gradients of equal lengths
+       and for lengths that differ by 1e4. The arms take turns; it is the thread's CPU time that counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchjd import aggregation
+
+# The residuals are those of the tests.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lightning_mtl.balancers import load
+from tests.balancers.guarantees import METHODS, Problem
+
+SIZES = (3, 20, 40)
+# Milliseconds allowed at these sizes.
+LIMITS = {3: 0.3, 20: 2.0, 40: 2.0}
+OTHER_LIMITS = {("nash", 20): 1.5, ("upgrad", 40): 5.0}
+OPTIONS: dict[str, dict[str, Any]] = {"fairgrad": {"alpha": 2.0}, "cagrad": {"c": 0.4}, "gradvac": {"beta": 0.0}}
+OF = {"fairgrad": "fairgrad, alpha 2"}
+KEYS = [
+    *("aligned", "cagrad", "config", "db_mtl", "dualproj", "fairgrad", "gradvac", "imtl_g", "krum", "metabalance"),
+    *("mgda", "nash", "pcd", "pcgrad", "upgrad"),
+]
+THEIRS: dict[str, Callable[..., Any]] = {
+    "aligned": lambda n, preference=None: aggregation.AlignedMTLWeighting(
+        torch.tensor(preference or [1.0] * n).double()
+    ),
+    "fairgrad": lambda n, alpha: aggregation.FairGradWeighting(alpha),
+    "gradvac": lambda n, beta: aggregation.GradVacWeighting(beta),
+    "imtl_g": lambda n: aggregation.IMTLGWeighting(),
+    "krum": lambda n: aggregation.KrumWeighting(0),
+    "mgda": lambda n: aggregation.MGDAWeighting(),
+    "pcd": lambda n, tau=0.02: aggregation.PCDWeighting(tau),
+    "pcgrad": lambda n: aggregation.PCGradWeighting(),
+}
+
+
+class Theirs(Problem):
+    """The same problem, solved by torchjd."""
+
+    def solve(self, key: str, **options: Any) -> Any:
+        rows = torch.from_numpy(self.rows)
+        return THEIRS[key](self.num_tasks, **options)(rows @ rows.T).numpy()
+
+
+def residual(kind: type[Problem], key: str, num_tasks: int, ratio: float) -> float | None:
+    method = METHODS.get(OF.get(key, key))
+    if method is None or (kind is Theirs and key not in THEIRS):
+        return None
+    problems = [kind(num_tasks, num_tasks, ratio, torch.float64, index) for index in range(3)]
+    return max((float(value) for problem in problems for _, value in method(problem)), default=0.0)
+
+
+def times(key: str, num_tasks: int, rounds: int) -> tuple[float, float | None]:
+    """Median milliseconds of ours and of theirs, over both ratios."""
+    ours, theirs = [], []
+    for round_ in range(rounds):
+        rows = torch.from_numpy(Problem(num_tasks, num_tasks, 1e4 if round_ % 2 else 1.0, torch.float64, round_).rows)
+        gram, losses = rows @ rows.T, torch.ones(num_tasks)
+        balancer = load(key, num_tasks, **OPTIONS.get(key, {}))
+        given = gram[None] if balancer.grouped else gram
+        ours += timed(partial(balancer, given, losses))
+        if key in THEIRS:
+            weighting = THEIRS[key](num_tasks, **OPTIONS.get(key, {}))
+            theirs += timed(partial(weighting, gram))
+    return statistics.median(ours), statistics.median(theirs) if theirs else None
+
+
+def timed(solve: Callable[[], Tensor], repeats: int = 4) -> list[float]:
+    solve()
+    found = []
+    for _ in range(repeats):
+        begin = time.thread_time()
+        solve()
+        found.append((time.thread_time() - begin) * 1e3)
+    return found
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="problems per method and size, half of each ratio")
+    parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    machine = f"{platform.machine()} CPU, 1 thread"
+    table = Table(title=f"weights from a gram, {machine}, torch {torch.__version__}")
+    heads = ("T", "ms", "limit", "torchjd, ms", "x torchjd", "residual, 1", "torchjd", "residual, 1e4", "torchjd")
+    table.add_column("method")
+    for head in heads:
+        table.add_column(head, justify="right")
+    results = []
+    for key in KEYS:
+        for num_tasks in SIZES:
+            limit = OTHER_LIMITS.get((key, num_tasks), LIMITS[num_tasks])
+            ours, theirs = times(key, num_tasks, args.rounds)
+            ratio = None if theirs is None else ours / theirs
+            errors = [residual(kind, key, num_tasks, r) for r in (1.0, 1e4) for kind in (Problem, Theirs)]
+            cells = [shown(error, ".0e") for error in errors]
+            mark = "[red]" if ours > limit else ""
+            table.add_row(
+                key, str(num_tasks), f"{mark}{ours:.2f}", f"{limit}", shown(theirs, ".2f"), shown(ratio, ".3f"), *cells
+            )
+            results.append(
+                {"method": key, "tasks": num_tasks, "ms": ours, "limit_ms": limit, "torchjd_ms": theirs}
+                | dict(zip(("residual_1", "torchjd_1", "residual_1e4", "torchjd_1e4"), errors, strict=True))
+            )
+    Console(width=150).print(table)
+    if args.out:
+        about = {"machine": machine, "torch": torch.__version__, "results": results}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
