@@ -268,3 +268,15 @@ def test_half_precision_losses_are_summed_in_float32():
     model = declared("pcgrad")
     losses = {name: p.half() for name, p in zip(three_tasks(), torch.full((3,), 3e4).requires_grad_(), strict=True)}
     assert model.balance(losses).item() == pytest.approx(9e4, rel=1e-3)
+
+
+@EVERY_LEVEL
+@pytest.mark.parametrize("balancer", GRAM_BALANCERS)
+def test_of_accumulated_batches_the_finite_ones_move_state_and_the_step_is_lost(balancer, level):
+    model = declared(used_balancer(balancer), level)
+    x, targets = double()
+    first = int(model.balancer.step)
+    model.training_step((x, targets), 0).backward()
+    model.training_step((x * torch.inf, targets), 1).backward()
+    assert int(model.balancer.step) == first + 1
+    assert all(parameter.grad.isnan().all() for parameter in model.encoder.parameters())
