@@ -9,6 +9,8 @@ from lightning_mtl.linalg.unit import unit_gram
 
 Array = np.ndarray
 _EPS = float(np.finfo(np.float64).eps)
+#: How near the length must come to its share of the pull, relatively.
+_SOLVED = 1e-12
 
 
 def cagrad_dual(gram: Array, c: float, share: float = 1.0) -> Array:
@@ -29,11 +31,11 @@ def cagrad_dual(gram: Array, c: float, share: float = 1.0) -> Array:
     low, high, t = 0.0, np.inf, 0.0
     w: Array | None = None
     for _ in range(100):
-        w = simplex_qp(unit, norms, t * pull, w)
+        w = simplex_qp(unit, norms, t * pull, w, refine=False)
         length = _length(unit, norms, w)
         excess = length - t * radius
         low, high = (t, high) if excess > 0 else (low, t)
-        if abs(excess) <= 4 * _EPS * (length + t * radius) or low * (1 + 4 * _EPS) >= high:
+        if abs(excess) <= _SOLVED * (length + t * radius) or low * (1 + 4 * _EPS) >= high:
             break
         t = _root(unit, norms, pull, w > 0, radius)
         if not low < t < high:

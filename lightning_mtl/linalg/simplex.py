@@ -50,7 +50,7 @@ def min_norm(gram: Array) -> Array:
     return simplex_qp(unit, norms, np.zeros(len(gram)))
 
 
-def simplex_qp(unit: Array, norms: Array, linear: Array, start: Array | None = None) -> Array:
+def simplex_qp(unit: Array, norms: Array, linear: Array, start: Array | None = None, *, refine: bool = True) -> Array:
     r"""Minimise :math:`\tfrac12 w^\top G w + b^\top w` over the simplex, :math:`G = D\,\mathrm{unit}\,D`.
 
     Args:
@@ -58,6 +58,7 @@ def simplex_qp(unit: Array, norms: Array, linear: Array, start: Array | None = N
         norms: the diagonal of ``D``, ``[T]``, > 0.
         linear: ``b``, ``[T]``.
         start: a point of the simplex to start from, ``[T]``; only its support matters.
+        refine: whether one step of refinement follows.
 
     Returns: ``[T]``. At most ``10 T + 100`` changes of the support, of which a handful happens.
     """
@@ -79,12 +80,13 @@ def simplex_qp(unit: Array, norms: Array, linear: Array, start: Array | None = N
         support = v > 0
         support[worst] = True
         v = _on_support(unit, c, b, v, support)
-    support = v > 0
-    error = unit[support] @ v + b[support]
-    # One step of refinement: the residual of what was solved.
-    correction = _solve(unit, c, support, (v @ (unit @ v + b)) * c[support] - error, 1 - c @ v)
-    if (v[support] + correction > 0).all():
-        v[support] += correction
+    if refine:
+        support = v > 0
+        error = unit[support] @ v + b[support]
+        # The residual of what was solved.
+        correction = _solve(unit, c, support, (v @ (unit @ v + b)) * c[support] - error, 1 - c @ v)
+        if (v[support] + correction > 0).all():
+            v[support] += correction
     w = v * c
     result: Array = w / w.sum()
     return result
