@@ -93,6 +93,6 @@ class GradVac(GramBalancer):
             seen += amount[:, :, None] * inner[:, j]
             amounts[:, turn], cosines[:, turn], met[:, turn] = amount, phi, both > 0
         known[:, index, index[orders]] = np.where(met, (1 - self.beta) * targets + self.beta * cosines, targets)
-        weights = np.ones((groups, count))
-        np.add.at(weights, (slice(None), orders), amounts)
-        return torch.from_numpy(weights)
+        mix = np.tile(np.eye(count), (groups, 1, 1))
+        mix[:, rows, orders] = amounts
+        return torch.from_numpy(mix.sum(1))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 
@@ -141,3 +142,132 @@ class FAMOByOptimizer:
         self.last = gaps
         shares = [z / gap for z, gap in zip(torch.softmax(self.logits, 0).tolist(), gaps, strict=True)]
         return [share / sum(shares) for share in shares]
+
+
+def nearest_on_simplex(point: Sequence[float]) -> list[float]:
+    """The point minus the one number that leaves positive parts of sum 1, found by bisection."""
+
+    def surplus(shift: float) -> float:
+        return math.fsum(max(x - shift, 0.0) for x in point) - 1
+
+    shift = brentq(surplus, min(point) - 1, max(point), xtol=1e-15, rtol=1e-15)
+    return [max(x - shift, 0.0) for x in point]
+
+
+def softmax(point: Sequence[float]) -> list[float]:
+    total = sum(math.exp(x) for x in point)
+    return [math.exp(x) / total for x in point]
+
+
+def weighted_sum(weights: Sequence[float], rows: Sequence[Tensor]) -> Tensor:
+    """``sum_t w_t g_t``, task by task."""
+    total = torch.zeros_like(rows[0])
+    for weight, row in zip(weights, rows, strict=True):
+        total = total + weight * row
+    return total
+
+
+def graddrop(rows: Sequence[Tensor], draws: Sequence[float], leak: Sequence[float]) -> Tensor:
+    """Algorithm 1 of arXiv:2010.06808, coordinate by coordinate, for given draws."""
+    update = []
+    for column, draw in zip(torch.stack(list(rows)).T.tolist(), draws, strict=True):
+        total, size = sum(column), sum(abs(x) for x in column)
+        purity = 0.5 if size == 0 else 0.5 * (1 + total / size)
+        kept = [x > 0 if purity > draw else x < 0 for x in column]
+        update.append(sum(part * x + (1 - part) * x * keep for part, x, keep in zip(leak, column, kept, strict=True)))
+    return torch.tensor(update, dtype=rows[0].dtype)
+
+
+def excess_mtl(steps: Sequence[Sequence[Tensor]], eta: float, warmup_steps: int) -> list[list[float]]:
+    """Algorithm 1 of arXiv:2402.02009: the weights of each step."""
+    num_tasks, num = len(steps[0]), len(steps[0][0])
+    squares = [[0.0] * num for _ in range(num_tasks)]
+    weights, first, found = [1 / num_tasks] * num_tasks, [], []
+    for k, rows in enumerate(steps):
+        excess = []
+        for t, row in enumerate(rows):
+            for i, x in enumerate(row.tolist()):
+                squares[t][i] += x * x
+            excess.append(sum(x * x / math.sqrt(past) for x, past in zip(row.tolist(), squares[t], strict=True)))
+        if k == warmup_steps:
+            first = excess
+        elif k > warmup_steps:
+            grown = [w * math.exp(eta * e / e_0) for w, e, e_0 in zip(weights, excess, first, strict=True)]
+            weights = [w / sum(grown) for w in grown]
+        found.append(weights)
+    return found
+
+
+def moco(
+    steps: Sequence[Sequence[Tensor]],
+    beta: float,
+    beta_decay: float,
+    gamma: float,
+    gamma_decay: float,
+    rho: float,
+    projection: Callable[[Sequence[float]], list[float]],
+) -> list[Tensor]:
+    """Algorithm 1 of MoCo: the update of each step."""
+    tracked = [torch.zeros_like(row) for row in steps[0]]
+    weights, found = [1 / len(tracked)] * len(tracked), []
+    for k, rows in enumerate(steps, start=1):
+        tracked = [y - beta / k**beta_decay * (y - g) for y, g in zip(tracked, rows, strict=True)]
+        point = weighted_sum(weights, tracked)
+        slope = [float(torch.dot(y, point)) + rho * w for y, w in zip(tracked, weights, strict=True)]
+        weights = projection([w - gamma / k**gamma_decay * s for w, s in zip(weights, slope, strict=True)])
+        found.append(weighted_sum(weights, tracked))
+    return found
+
+
+def db_mtl(steps: Sequence[tuple[Sequence[Tensor], Sequence[float]]], beta: float, beta_decay: float) -> list[Tensor]:
+    """Algorithm 1 of arXiv:2308.12029, each first average being the first gradient: the update of each step."""
+    averages: list[Tensor] = []
+    found = []
+    for k, (rows, losses) in enumerate(steps, start=1):
+        logs = [row / (loss + 1e-8) for row, loss in zip(rows, losses, strict=True)]
+        b = beta / k**beta_decay
+        averages = [b * a + (1 - b) * g for a, g in zip(averages, logs, strict=True)] if averages else logs
+        lengths = [math.sqrt(float(torch.dot(a, a))) for a in averages]
+        found.append(weighted_sum([max(lengths) / length for length in lengths], averages))
+    return found
+
+
+def modo(
+    steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+    gamma: float,
+    rho: float,
+    projection: Callable[[Sequence[float]], list[float]],
+) -> list[list[float]]:
+    """Algorithm 1 of arXiv:2305.20057 for the gradients on two samples: the weights of each step."""
+    weights, found = [1 / len(steps[0][0])] * len(steps[0][0]), []
+    for one, other in steps:
+        point = weighted_sum(weights, other)
+        slope = [float(torch.dot(row, point)) + rho * w for row, w in zip(one, weights, strict=True)]
+        weights = projection([w - gamma * s for w, s in zip(weights, slope, strict=True)])
+        found.append(weights)
+    return found
+
+
+def sdmgrad(
+    steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+    pull: float,
+    preference: Sequence[float],
+    lr: float,
+    momentum: float,
+    iterations: int,
+) -> list[list[float]]:
+    """Algorithm 1 of arXiv:2305.18409 with torch's own SGD: per step the weights of the combination."""
+    weights = torch.full((len(preference),), 1 / len(preference), dtype=torch.float64, requires_grad=True)
+    found = []
+    for one, other in steps:
+        size = sum(float(row.norm()) for row in (*one, *other)) / (2 * len(one))
+        sgd = torch.optim.SGD([weights], lr=lr, momentum=momentum)
+        for _ in range(iterations):
+            mixed = [w + pull * p for w, p in zip(weights.tolist(), preference, strict=True)]
+            point = weighted_sum(mixed, other)
+            weights.grad = torch.stack([torch.dot(row, point) for row in one]) / size**2
+            sgd.step()
+            with torch.no_grad():
+                weights.copy_(torch.tensor(nearest_on_simplex(weights.tolist()), dtype=torch.float64))
+        found.append([(w + pull * p) / (1 + pull) for w, p in zip(weights.tolist(), preference, strict=True)])
+    return found

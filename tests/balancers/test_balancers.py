@@ -22,7 +22,6 @@ from tests.balancers.cases import (
     losses,
     outcome,
     rows,
-    shown,
     state_of,
     weigh,
 )
