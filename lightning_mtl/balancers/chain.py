@@ -35,7 +35,7 @@ class Chain(Wrapper):
     """
 
     def __init__(self, num_tasks: int, first: Any = "dwa", then: Any = "pcgrad", every_n_steps: int = 1) -> None:
-        super().__init__(num_tasks, then, every_n_steps)
+        super().__init__(num_tasks, then, every_n_steps, arg="then")
         self.first = self._made(first, "first")
         if not isinstance(self.first, LossBalancer):
             raise bad_argument(

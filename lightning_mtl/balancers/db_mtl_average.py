@@ -18,7 +18,7 @@ class DBMTLAverage(RowBalancer):
 
     Args:
         num_tasks: ``T``.
-        beta, beta_decay: :math:`\beta_k = \beta / k^{decay}` at a task's step ``k``; ``beta`` in [0, 1). 0 is the
+        beta, beta_decay: :math:`\beta_k = \beta / k^{decay}` at a task's step ``k``; ``beta`` in [0, 1]. 0 is the
             :class:`DBMTL` that needs no memory.
 
     Shapes: rows ``[T, N]``, losses ``[T]`` -> update ``[N]``.
@@ -47,8 +47,8 @@ class DBMTLAverage(RowBalancer):
         self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.float64))
 
     def update(self, rows: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
-        averages = self._grown("averages", rows)
         scaled = log_weights(losses, self).to(rows.dtype)[:, None] * rows
+        averages = self._grown("averages", rows)
         self.seen[tasks] += 1
         beta = self.beta / self.seen[tasks] ** self.beta_decay
         beta = torch.where(self.seen[tasks] == 1, 0.0, beta).to(rows.dtype)[:, None]

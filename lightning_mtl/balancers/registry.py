@@ -65,11 +65,18 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
 
     Raises: ``TypeError`` if it is none of these; ``ValueError`` if its task number or its options do not fit.
     """
+    balancer = build(spec, len(names))
+    balancer.bind(names)
+    return balancer
+
+
+def build(spec: BalancerSpec, num_tasks: int) -> Balancer:
+    """As :func:`resolve`, for names that are not known yet."""
     balancer: object
     if isinstance(spec, Balancer):
         balancer = spec
     elif isinstance(spec, str):
-        balancer = load(spec, len(names))
+        balancer = load(spec, num_tasks)
     elif isinstance(spec, Mapping):
         extra = set(spec) - {"class_path", "init_args"}
         if "class_path" not in spec or extra:
@@ -80,9 +87,9 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
                 listed(spec),
                 'Write {"class_path": ..., "init_args": {...}}',
             )
-        balancer = load(spec["class_path"], len(names), **_options(spec.get("init_args") or {}))
+        balancer = load(spec["class_path"], num_tasks, **_options(spec.get("init_args") or {}))
     elif callable(spec) and (issubclass(spec, Balancer) if isinstance(spec, type) else not isinstance(spec, nn.Module)):
-        balancer = spec(len(names))
+        balancer = spec(num_tasks)
     else:
         balancer = spec
     if not isinstance(balancer, Balancer):
@@ -103,7 +110,6 @@ def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
             "Inherit from one of them",
             TypeError,
         )
-    balancer.bind(names)
     return balancer
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer, Tasks
-from lightning_mtl.balancers.registry import resolve
+from lightning_mtl.balancers.registry import build
 from lightning_mtl.checks import bad_argument
 
 
@@ -18,17 +18,18 @@ class Wrapper(GramBalancer):
 
     Args:
         num_tasks: ``T``.
-        inner: a loss balancer, or a gram balancer on the whole of the shared parameters; see ``resolve`` for the forms.
+        inner: a loss balancer, or a gram balancer on the whole of the shared parameters; see ``build`` for the forms.
         every_n_steps: solve in every n-th step only.
+        arg: what ``inner`` is called in the method's own arguments, for error messages.
 
     Their parameters are the user's optimizer's, as ever; their state moves with each solve.
     """
 
     inner: Balancer
 
-    def __init__(self, num_tasks: int, inner: Any, every_n_steps: int = 1) -> None:
+    def __init__(self, num_tasks: int, inner: Any, every_n_steps: int = 1, arg: str = "balancer") -> None:
         super().__init__(num_tasks, every_n_steps)
-        self.inner = self._made(inner, "balancer")
+        self.inner = self._made(inner, arg)
 
     def bind(self, names: Sequence[str]) -> None:
         super().bind(names)
@@ -48,8 +49,15 @@ class Wrapper(GramBalancer):
         return own_objective_of(self.inner, losses, present)
 
     def _made(self, spec: Any, arg: str) -> Balancer:
-        balancer = resolve(spec, [str(task) for task in range(self.num_tasks)])
-        balancer.names = None
+        balancer = build(spec, self.num_tasks)
+        if balancer.num_tasks != self.num_tasks:
+            raise bad_argument(
+                self,
+                arg,
+                f"be a balancer of {self.num_tasks} tasks",
+                f"one of {balancer.num_tasks}",
+                "Pass its name, so that it gets the number of tasks from here",
+            )
         plain = isinstance(balancer, LossBalancer) or (
             isinstance(balancer, GramBalancer)
             and not (balancer.grouped or balancer.halves or balancer.gram_at == "last_layer")

@@ -150,7 +150,7 @@ def nearest_on_simplex(point: Sequence[float]) -> list[float]:
     def surplus(shift: float) -> float:
         return math.fsum(max(x - shift, 0.0) for x in point) - 1
 
-    shift = brentq(surplus, min(point) - 1, max(point), xtol=1e-15, rtol=1e-15)
+    shift = brentq(surplus, min(point) - 2, max(point), xtol=1e-15, rtol=1e-15)
     return [max(x - shift, 0.0) for x in point]
 
 
