@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -130,7 +131,7 @@ def main() -> None:
             )
     Console(width=150).print(table)
     if args.out:
-        about = {"machine": machine, "torch": torch.__version__, "results": results}
+        about = {"machine": machine, "load": os.getloadavg(), "torch": torch.__version__, "results": results}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about, indent=1) + "\n")
 
