@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils._pytree import tree_map
 
 from lightning_mtl.balanced import Balanced
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
@@ -21,26 +19,13 @@ from lightning_mtl.engine import leaves_per_head, reached, rescale_to_global, te
 from lightning_mtl.engine.gather import mean_over_ranks, world_size
 from lightning_mtl.metrics.total_loss import TotalLoss
 from lightning_mtl.ownership import Owned, declared
+from lightning_mtl.task_results import TaskResult, halved_loss, trains
 from lightning_mtl.tasks import LabelTask, Task, TaskRegistry
 from lightning_mtl.types import Step
 
 OptimizerFn = Callable[[Iterable], Optimizer]
 SchedulerFn = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 BalancerOrName = Callable[[int], Balancer] | Balancer | str | dict[str, Any]
-
-
-@dataclass
-class _TaskResult:
-    """One task in one batch; its loss is the sum of its shares, one or, for a balancer that compares them, two."""
-
-    loss: Tensor
-    shares: tuple[Tensor, ...]
-    count: Tensor | int | None
-    output: Any
-    target: Any
-    mask: Tensor | None
-    roots: list[Tensor]
-    leaves: list[Tensor] | None
 
 
 class MultiTaskModule(Balanced, pl.LightningModule):
@@ -208,13 +193,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
     def _run(
         self, batch: Any, *, cut: bool = False, halved: bool = False, dataloader: str | None = None
-    ) -> dict[str, _TaskResult]:
-        results: dict[str, _TaskResult] = {}
+    ) -> dict[str, TaskResult]:
+        results: dict[str, TaskResult] = {}
         for group in groups_of(batch, self.tasks, self.input_key, self.strict_targets, self, dataloader):
             results.update(self._run_group(group, cut, halved))
         return {name: results[name] for name in self.task_names if name in results}
 
-    def _run_group(self, group: Group, cut: bool, halved: bool) -> dict[str, _TaskResult]:
+    def _run_group(self, group: Group, cut: bool, halved: bool) -> dict[str, TaskResult]:
         features = self.encoder(group.inputs)
         roots = tensors_of(features)
         cut = cut and bool(roots)
@@ -227,7 +212,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 "Remove detach() or no_grad() from it, or freeze it with requires_grad_(False)",
             )
         copies = leaves_per_head(features, len(group.names)) if cut else [features] * len(group.names)
-        results: dict[str, _TaskResult] = {}
+        results: dict[str, TaskResult] = {}
         leaf_lists = {id(copy): tensors_of(copy) for copy in copies} if cut else {}
         common: dict[int, tuple[Any, Any]] = {}
         for name, copy in zip(group.names, copies, strict=True):
@@ -244,12 +229,12 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             target, mask = task.pick(group.targets, group.inputs, name)
             parts: tuple[Tensor, ...]
             if halved:
-                loss, parts, count = _halved_loss(task, output, target, name, mask)
+                loss, parts, count = halved_loss(task, output, target, name, mask)
             else:
                 loss, count = task.mean_loss(output, target, name, mask)
                 parts = (loss,)
             leaves = leaf_lists.get(id(copy))
-            if torch.is_grad_enabled() and not loss.requires_grad and _trains(task, copy):
+            if torch.is_grad_enabled() and not loss.requires_grad and trains(task, copy):
                 raise bad_argument(
                     task,
                     f"loss of '{name}'",
@@ -257,12 +242,12 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                     "a tensor with requires_grad=False",
                     "Remove detach(), no_grad() or rounding from the head and the loss",
                 )
-            results[name] = _TaskResult(loss, parts, count, output, target, mask, roots, leaves)
+            results[name] = TaskResult(loss, parts, count, output, target, mask, roots, leaves)
         if cut:
             self._check_only_features(results)
         return results
 
-    def _check_only_features(self, results: dict[str, _TaskResult]) -> None:
+    def _check_only_features(self, results: dict[str, TaskResult]) -> None:
         """The graph is cut at the features, so a loss that reaches the encoder by another way would lose gradient."""
         owned = self._owned()
         encoder = {id(p) for p in owned.shared} - {id(p) for p in owned.tied}
@@ -277,7 +262,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 "Return these tensors as features too, or use Balanced without features=",
             )
 
-    def _global_losses(self, results: dict[str, _TaskResult], parts: int) -> tuple[list[Tensor], Tensor | None]:
+    def _global_losses(self, results: dict[str, TaskResult], parts: int) -> tuple[list[Tensor], Tensor | None]:
         """Per task the mean over the global batch's labelled samples, and who is present; ``None``: everybody."""
         shares: list[tuple[Tensor, ...]] = []
         counts: list[Tensor | int] = []
@@ -294,7 +279,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             return losses, None
         return rescale_to_global(losses, counts)
 
-    def _declared_step(self, results: dict[str, _TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
+    def _declared_step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         if isinstance(self.balancer, LossBalancer) or not torch.is_grad_enabled():
             return Step(losses, [], [], [], None, present=present)
         owned = self._owned()
@@ -358,7 +343,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             add_dataloader_idx=False,
         )
 
-    def _log_training(self, results: dict[str, _TaskResult], losses: list[Tensor], present: Tensor | None) -> None:
+    def _log_training(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> None:
         if self.train_metrics:
             for task, result in results.items():
                 metrics = self.tasks[task].update_metrics("train", result.output, result.target, task, result.mask)
@@ -379,30 +364,3 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             raise bad_argument(
                 self, "last_layer", "be a module inside the encoder", repr(name), "Correct the name"
             ) from error
-
-
-def _halved_loss(
-    task: Task, output: Any, target: Any, name: str, mask: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | int | None]:
-    """The mean loss of a batch, as the sum of what its even and its odd samples contribute to it."""
-    size = num_samples(target)
-    if size < 2:
-        raise bad_argument(
-            task, f"target of '{name}'", "have at least two samples to halve", size, "Use larger batches"
-        )
-    found = []
-    for half in (slice(0, None, 2), slice(1, None, 2)):
-        parts = tree_map(
-            lambda value, half=half: value[half] if isinstance(value, Tensor) else value, (output, target, mask)
-        )
-        loss, count = task.mean_loss(parts[0], parts[1], name, parts[2])
-        found.append((loss, num_samples(parts[1]) if count is None else count, count))
-    total: Any = found[0][1] + found[1][1]
-    divisor = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
-    shares = [loss * (count / divisor) for loss, count, _ in found]
-    return shares[0] + shares[1], (shares[0], shares[1]), None if found[0][2] is None else total
-
-
-def _trains(task: Task, features: Any) -> bool:
-    """Whether the task's loss has anything to train: a head, or what lies behind the features."""
-    return bool(tensors_of(features)) or any(parameter.requires_grad for parameter in task.parameters())

@@ -25,6 +25,7 @@ LAYERS = {
     "balanced": 5,
     "batches": 5,
     "module": 5,
+    "task_results": 5,
     "trainer_checks": 5,
     "cli": 6,
 }
