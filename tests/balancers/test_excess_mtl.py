@@ -50,6 +50,16 @@ def test_a_task_counts_its_own_steps():
     assert float(balancer.first[1]) == pytest.approx(float(rows(2)[1].abs().sum()) / 2**0.5)
 
 
+def test_the_step_that_sets_a_reference_moves_no_weight():
+    balancer = ExcessMTL(2, eta=0.7)
+    for seed in range(4):
+        balancer.combine(rows(2, seed=seed), losses(2), torch.tensor([True, False]))
+    one = torch.stack([rows(2, seed=seed)[0] for seed in [0, 1, 2, 3, 9]])
+    balancer.combine(rows(2, seed=9), losses(2))
+    growth = 0.7 * float((one[4] ** 2 / (one**2).sum(0).sqrt()).sum() / one[0].abs().sum())
+    assert float((balancer.last_weights[0] / balancer.last_weights[1]).log()) == pytest.approx(growth)
+
+
 def test_absent_tasks_keep_their_share():
     balancer = ExcessMTL(3)
     for seed in range(5):
