@@ -28,6 +28,57 @@ def cagrad_dual(gram: Array, c: float, share: float = 1.0) -> Array:
     unit, norms = unit_gram(gram)
     pull = share * gram.mean(1)
     radius = c * np.sqrt(max(share * float(pull.mean()), 0.0))
+    w = _descend(unit, norms, pull, radius)
+    return _bracketed(unit, norms, pull, radius) if w is None else w
+
+
+def _descend(unit: Array, norms: Array, pull: Array, radius: float) -> Array | None:
+    """From support to support, each time to its own minimiser; ``None`` where rounding gets in the way."""
+    size, best = len(norms), np.inf
+    support, w = np.ones(size, bool), np.full(size, 1 / size)
+    for _ in range(10 * size + 10):
+        _, aim, away = _root(unit, norms, pull, support, radius)
+        # Where the objective falls without end: as far as the simplex goes.
+        target = aim if aim is not None else None if away is None else w + away
+        if target is None:
+            return None
+        falling = support & (target <= 0 if aim is not None else target < w)
+        if falling.any():
+            if best == np.inf:  # on the way to the first minimiser, all that fall go at once
+                support = support & ~falling
+                if not support.any():
+                    support[np.argmin(pull + radius * norms)] = True
+                w = support / support.sum()
+                continue
+            steps = np.divide(w, w - target, out=np.full(size, np.inf), where=falling & (w > target))
+            leaving = int(np.argmin(steps))
+            w = w + steps[leaving] * (target - w)
+            w[leaving] = 0
+            support = support & (w > 0)
+            w = np.where(support, w, 0)
+            continue
+        if aim is None:
+            return None
+        w = aim
+        length = _length(unit, norms, w)
+        value = float(w @ pull) + radius * length
+        if length == 0 or value >= best:
+            return None
+        best = value
+        # The slope along each row of length 1; at the minimum those outside the support are not below its level.
+        slope = pull / norms + radius / length * (unit @ (w * norms))
+        slack = slope - value / norms
+        slack[support] = np.inf
+        worst = int(np.argmin(slack))
+        if slack[worst] >= -_SOLVED * (radius + np.abs(pull / norms).max()):
+            return w
+        support = support.copy()
+        support[worst] = True
+    return None
+
+
+def _bracketed(unit: Array, norms: Array, pull: Array, radius: float) -> Array:
+    """The right ``t`` by a quadratic program for each, in a bracket that shrinks."""
     low, high, t = 0.0, np.inf, 0.0
     w: Array | None = None
     for _ in range(100):
@@ -37,7 +88,7 @@ def cagrad_dual(gram: Array, c: float, share: float = 1.0) -> Array:
         low, high = (t, high) if excess > 0 else (low, t)
         if abs(excess) <= _SOLVED * (length + t * radius) or low * (1 + 4 * _EPS) >= high:
             break
-        t = _root(unit, norms, pull, w > 0, radius)
+        t, _, _ = _root(unit, norms, pull, w > 0, radius)
         if not low < t < high:
             t = (low + high) / 2 if np.isfinite(high) else 2 * low + length / radius
     assert w is not None
@@ -49,8 +100,14 @@ def _length(unit: Array, norms: Array, w: Array) -> float:
     return float(np.sqrt(max(scaled @ unit @ scaled, 0.0)))
 
 
-def _root(unit: Array, norms: Array, pull: Array, support: Array, radius: float) -> float:
-    """The ``t > 0`` at which the minimiser on this support has length ``t * radius``; NaN if there is none."""
+def _root(
+    unit: Array, norms: Array, pull: Array, support: Array, radius: float
+) -> tuple[float, Array | None, Array | None]:
+    """The ``t > 0`` at which the minimiser on this support has length ``t * radius``, and that minimiser.
+
+    If there is none, NaN, ``None``, and the direction in which the objective falls without end, if it does.
+    """
+    nothing = float("nan"), None, None
     n, b = norms[support], pull[support]
     count, smallest = len(n), n.min()
     system = np.zeros((count + 1, count + 1))
@@ -62,15 +119,18 @@ def _root(unit: Array, norms: Array, pull: Array, support: Array, radius: float)
     try:
         fixed, moving = np.linalg.solve(system, sides)[:count].T
     except np.linalg.LinAlgError:
-        return float("nan")
+        return nothing
     inside = system[:count, :count]
     square = float(moving @ inside @ moving) - radius**2
     mixed = float(fixed @ inside @ moving)
     constant = float(fixed @ inside @ fixed)
     root = mixed**2 - square * constant
-    if root < 0:
-        return float("nan")
     # The form without cancellation; the roots have the signs of constant / square.
-    q = -(mixed + np.copysign(np.sqrt(root), mixed))
-    found = [x for x in (q / square if square else np.nan, constant / q if q else np.nan) if x > 0]
-    return min(found, default=float("nan"))
+    q = -(mixed + np.copysign(np.sqrt(max(root, 0.0)), mixed))
+    found = [x for x in (q / square if square else np.nan, constant / q if q else np.nan) if x > 0 and root >= 0]
+    w = np.zeros(len(norms))
+    if not found:
+        w[support] = moving / n
+        return float("nan"), None, w if square > 0 else None
+    w[support] = (fixed + min(found) * moving) / n
+    return min(found), w, None
