@@ -17,13 +17,13 @@ class Curves:
     Args:
         title: of the drawing.
         label: of its vertical axis.
-        arm: whose first run on the first seed is drawn.
+        arm: whose first run on the first seed is drawn; ``None`` for all arms, with one key.
         keys: logged key -> its label.
     """
 
     title: str
     label: str
-    arm: str
+    arm: str | None
     keys: Mapping[str, str]
 
 

@@ -116,11 +116,7 @@ def draw(name: str, comparison: Comparison, results: Results, path: Path) -> Non
     from matplotlib.figure import Figure
 
     scores = [*comparison.scores, "delta_m"]
-    curves = [
-        curves
-        for curves in comparison.curves
-        if curves.arm in results.arms and any(results.curve(curves.arm, key)[0] for key in curves.keys)
-    ]
+    curves = [curves for curves in comparison.curves if any(steps for _, steps, _ in _lines(curves, results))]
     arms_height = 0.9 + 0.34 * len(results.arms)
     figure = Figure(figsize=(11, arms_height + 2.9 * len(curves) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -158,19 +154,37 @@ def _dots(axes: Axes, score: str, comparison: Comparison, results: Results) -> N
         axes.spines[side].set_visible(False)
 
 
+def _lines(curves: Curves, results: Results) -> list[tuple[str, list[int], list[float]]]:
+    """Label, steps and values of each line: one per key, or one per arm."""
+    if curves.arm is None:
+        return [(arm, *results.curve(arm, key)) for key in curves.keys for arm in results.arms]
+    if curves.arm not in results.arms:
+        return []
+    return [(label, *results.curve(curves.arm, key)) for key, label in curves.keys.items()]
+
+
 def _curves(axes: Axes, curves: Curves, results: Results) -> None:
-    for (key, label), (colour, style) in zip(curves.keys.items(), _LINES, strict=False):
-        steps, values = results.curve(curves.arm, key)
+    lines = _lines(curves, results)
+    for place, (label, steps, values) in enumerate(lines):
+        colour, style = _LINES[place] if len(lines) <= len(_LINES) else (_shade(place / (len(lines) - 1)), "-")
         axes.plot(steps, values, color=colour, alpha=0.18, linewidth=0.8)
         axes.plot(steps, _running_mean(values), color=colour, linestyle=style, linewidth=1.8, label=label)
-    axes.axhline(0, color="black", linewidth=0.8)
+    if any(value < 0 for _, _, values in lines for value in values):
+        axes.axhline(0, color="black", linewidth=0.8)
     axes.set_title(f"{curves.title} (thick: mean of {_SMOOTH} logged steps)", loc="left", fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel(curves.label)
     axes.margins(x=0)
-    axes.legend(frameon=False, loc="upper right", ncols=len(curves.keys))
+    axes.legend(frameon=False, loc="upper right", ncols=min(5, len(lines)))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _shade(part: float) -> tuple[float, ...]:
+    """Of a scale from dark to light, for more lines than there are colours told apart."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.92 * part)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

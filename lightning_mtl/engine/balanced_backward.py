@@ -77,6 +77,7 @@ class BalancedBackward:
         self.apart = weight_heads or own is not None
 
     def loss(self) -> Tensor:
+        """The scalar whose backward this is; its value is the plain sum of the losses."""
         step = self.step
         value = stacked(step.losses).detach().sum()
         if self.needs_rows or not self._roots_are_tensors():
