@@ -53,7 +53,7 @@ def _parser() -> Parser:
     run = add(
         "run",
         _run,
-        "Run a recipe; the rest of the line goes to Lightning's command line.",
+        "Run a recipe; the rest of the line goes to its own command line, mostly Lightning's.",
         epilog="Example: lightning-mtl run multidigits --model.balancer gradnorm --trainer.max_epochs 5",
         usage="lightning-mtl run RECIPE [fit|validate|test|predict] [options of the recipe]",
     )

@@ -69,10 +69,10 @@ def test_cp_onto_itself_with_force_keeps_the_file(tmp_path):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["run", "multidigit"], "`recipe` must be one of 'multidigits', or the path of a .py file, got 'multidigit'"),
+        (["run", "multidigit"], "'multidigits', 'toy2d', or the path of a .py file, got 'multidigit'"),
         (["run", "nowhere.py"], "got 'nowhere.py'"),
-        (["cp", "nothing", "here"], "`recipe` must be one of 'multidigits'"),
-        (["compare", "nothing"], "`recipe` must be one of 'multidigits'"),
+        (["cp", "nothing", "here"], "`recipe` must be one of 'gradnorm_toy', 'multidigits'"),
+        (["compare", "nothing"], "`recipe` must be one of 'gradnorm_toy', 'multidigits'"),
         (["compare", "multidigits", "--sedes", "1"], "unrecognized arguments: --sedes"),
         (["compare", "multidigits", "--seeds", "one"], "argument --seeds: invalid"),
         (["ls", "everything"], "unrecognized arguments: everything"),
