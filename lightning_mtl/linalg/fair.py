@@ -14,8 +14,8 @@ _FAR = 0.8
 _NEAR = 0.3
 #: Relative residual at which the equation counts as solved.
 _SOLVED = 1e-5
-#: Relative residual at which Newton has nothing to add.
-_PRECISE = 1e-14
+#: Relative residual at which Newton has nothing to add, and at which a step that does not help is the last.
+_PRECISE, _NEARLY = 1e-14, 1e-11
 #: Added to the diagonal where no solution exists (the tasks' gradients cancel): the limit that it leads to is finite.
 _RIDGE = 1e-10
 
@@ -65,14 +65,14 @@ def _newton(system: Array, r: Array, power: float) -> tuple[Array, float]:
     z = np.ones(len(r))
     best, error, idle = z, np.inf, 0
     for _ in range(_ROUNDS):
-        pull = z**-power
-        residual = system @ z - r * pull
-        now = _error(system, r, z, power)
+        pull, seen = z**-power, system @ z
+        residual = seen - r * pull
+        now = float(np.abs(seen / (r * pull) - 1).max())
         idle = 0 if now < error else idle + 1
         if now < error:
             best, error = z, now
         # At the solution Newton's steps are rounding, and go on for ever.
-        if error <= _PRECISE or (error <= _SOLVED and idle > 2):
+        if error <= _PRECISE or (error <= _SOLVED and idle > 2) or (error <= _NEARLY and idle > 0):
             break
         try:
             move = -np.linalg.solve(unit + np.diag(power * r * pull / z / root**2), residual / root) / root
