@@ -175,7 +175,10 @@ def _curves(axes: Axes, curves: Curves, results: Results) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(curves.label)
     axes.margins(x=0)
-    axes.legend(frameon=False, loc="upper right", ncols=min(5, len(lines)))
+    if len(lines) <= len(_LINES):
+        axes.legend(frameon=False, loc="upper right", ncols=len(lines))
+    else:  # beside the drawing: above the lines there is no room for so many
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
