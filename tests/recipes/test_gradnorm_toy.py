@@ -1,7 +1,5 @@
 """The toy's functions are what the header says, and the balancers rank on it as published."""
 
-import math
-
 import pytest
 import torch
 
@@ -40,14 +38,14 @@ def test_samples_are_fresh_and_follow_the_seed():
 
 
 def left(seed, *words):
-    cli = recipe.main(["fit", f"--seed_everything={seed}", "--trainer.max_steps=150", *QUIET, *words])
+    cli = recipe.main(["fit", f"--seed_everything={seed}", "--trainer.max_steps=120", *QUIET, *words])
     (scores,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     return scores["test/progress"], cli.model
 
 
 @pytest.mark.slow
 def test_gradnorm_lies_between_equal_and_the_right_weights(monkeypatch, tmp_path):
-    """The recipe's claim on one seed and 150 of its 600 steps."""
+    """The recipe's claim on one seed and 120 of its 600 steps."""
     monkeypatch.chdir(tmp_path)
     lines = {arm: line for arm, (line,) in recipe.COMPARE.arms.items()}
     equal, _ = left(0, *lines["equal"].split())
@@ -61,10 +59,10 @@ def test_gradnorm_lies_between_equal_and_the_right_weights(monkeypatch, tmp_path
 
 def test_progress_starts_at_one(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    cli = recipe.main(["fit", "--trainer.max_steps=1", "--model.lr=0", *QUIET])
+    cli = recipe.main(["fit", "--trainer.max_steps=1", "--trainer.log_every_n_steps=1", "--model.lr=0", *QUIET])
+    assert cli.trainer.callback_metrics["train/progress"] == pytest.approx(1, abs=0.05)  # other samples
     (scores,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     assert scores["test/progress"] == pytest.approx(1)
-    assert math.isfinite(cli.trainer.callback_metrics["train/progress"])
 
 
 def test_the_reading_follows_the_numbers():
