@@ -1,5 +1,5 @@
 # make demo    sets up .venv and trains the default recipe on real data, several balancers side by side
-# make test    the same environment, then the whole test suite
+# make test    the same environment, then the whole test suite, in two processes
 # make lint | types | docs | bench | clean
 #
 # PYTHON=...   the Python (3.11 or newer) that makes .venv; ARGS=... is handed to the command.
@@ -24,7 +24,7 @@ demo: $(VENV)/.recipes
 	@$(RUN) $(BIN)/lightning-mtl compare multidigits $(ARGS)
 
 test: $(VENV)/.dev
-	@$(RUN) $(BIN)/python -m pytest $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
