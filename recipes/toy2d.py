@@ -5,7 +5,7 @@ Run:      lightning-mtl run toy2d
 Override: --methods [nash,sum]                                   some of them
           --pace 1                                               the published learning rate, twenty times as long
           --out docs/images/toy2d.png                            the figure there too
-Expect:   two minutes on two cores. On the front: sum, pcgrad, upgrad and cagrad from 4 of 5 starts, all others from
+Expect:   100 seconds on two cores. On the front: sum, pcgrad, upgrad and cagrad from 4 of 5 starts, all others from
           all; the sum always at the louder loss's end, nash first of all, famo and gradnorm in the middle.
 Source:   arXiv:2110.14048 (CAGrad), arXiv:2202.01017 (Nash-MTL) and arXiv:2306.03792 (FAMO) draw this landscape.
 """
