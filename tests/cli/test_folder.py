@@ -13,7 +13,8 @@ def test_ls_names_every_recipe_and_config(capsys):
     assert main(["ls"]) == 0
     printed = capsys.readouterr().out
     for recipe in folder.recipes():
-        assert f"{recipe.name}  {recipe.description}" in printed
+        assert f"\n{recipe.name} " in f"\n{printed}"
+        assert f"  {recipe.description}\n" in printed
         assert recipe.description.endswith(".")
         assert all(config.name in printed for config in recipe.configs)
     assert "multidigits_gradnorm.yaml" in printed
@@ -105,5 +106,5 @@ def test_run_executes_the_file_as_a_script(tmp_path, capsys, monkeypatch):
 
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "lightning_mtl.cli", "ls"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("multidigits")
+    assert "\nmultidigits " in done.stdout
     assert Path(folder.find("multidigits").path).is_file()
