@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancers.base import GramBalancer, LossBalancer
 from lightning_mtl.balancers.registry import BalancerSpec, resolve
 from lightning_mtl.callbacks.balance_monitor import BalanceMonitor
+from lightning_mtl.callbacks.show_metrics import ShowMetrics
 from lightning_mtl.checks import bad_argument, carried, check_choice, check_task_loss, listed
 from lightning_mtl.engine import (
     allow_several_backwards,
@@ -225,15 +226,6 @@ class Balanced(_Base):
         super().on_train_epoch_end()
         self.balancer.end_epoch()
 
-    def on_validation_end(self) -> None:
-        """Show the balancer the validation metric that it asks for."""
-        super().on_validation_end()
-        balancer, metric = cast(Any, self.balancer), getattr(self.balancer, "metric", None)
-        if isinstance(metric, str) and not self.trainer.sanity_checking:
-            found = self.trainer.callback_metrics
-            values = [found.get(f"val/{name}/{metric}", torch.tensor(float("nan"))) for name in self.task_names]
-            balancer.observe_metrics(torch.stack([value.detach().double().cpu() for value in values]))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the order of the tasks, in which the balancer's state stands."""
         super().on_save_checkpoint(checkpoint)
@@ -253,9 +245,11 @@ class Balanced(_Base):
             )
 
     def configure_callbacks(self) -> list[Any]:
-        """Log the balance, unless the Trainer already has a monitor."""
+        """Log the balance, unless the Trainer already has a monitor, and show metrics to a balancer that asks."""
         given = super().configure_callbacks()
         callbacks = list(given) if isinstance(given, Sequence) else [given]
+        if any(hasattr(part, "observe_metrics") for part in self.balancer.modules()):
+            callbacks.append(ShowMetrics())
         if any(isinstance(callback, BalanceMonitor) for callback in cast(Any, self.trainer).callbacks):
             return callbacks
         return [*callbacks, BalanceMonitor()]

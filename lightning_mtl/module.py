@@ -15,7 +15,7 @@ from lightning_mtl.balanced import Balanced
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.batches import Group, groups_of, num_samples, task_of_loader
 from lightning_mtl.checks import bad_argument, check_choice, listed, shape
-from lightning_mtl.engine import leaves_per_head, reached, rescale_to_global, tensors_of
+from lightning_mtl.engine import halves_to_global, leaves_per_head, reached, rescale_to_global, tensors_of
 from lightning_mtl.engine.gather import mean_over_ranks, world_size
 from lightning_mtl.metrics.total_loss import TotalLoss
 from lightning_mtl.ownership import Owned, declared
@@ -227,12 +227,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             else:
                 output = task(copy)
             target, mask = task.pick(group.targets, group.inputs, name)
-            parts: tuple[Tensor, ...]
+            means: tuple[Tensor, ...]
+            counts: tuple[Tensor | int | None, ...]
             if halved:
-                loss, parts, count = halved_loss(task, output, target, name, mask)
+                loss, means, counts = halved_loss(task, output, target, name, mask)
             else:
                 loss, count = task.mean_loss(output, target, name, mask)
-                parts = (loss,)
+                means, counts = (loss,), (count,)
             leaves = leaf_lists.get(id(copy))
             if torch.is_grad_enabled() and not loss.requires_grad and trains(task, copy):
                 raise bad_argument(
@@ -242,7 +243,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                     "a tensor with requires_grad=False",
                     "Remove detach(), no_grad() or rounding from the head and the loss",
                 )
-            results[name] = TaskResult(loss, parts, count, output, target, mask, roots, leaves)
+            results[name] = TaskResult(loss, means, counts, output, target, mask, roots, leaves)
         if cut:
             self._check_only_features(results)
         return results
@@ -263,21 +264,23 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             )
 
     def _global_losses(self, results: dict[str, TaskResult], parts: int) -> tuple[list[Tensor], Tensor | None]:
-        """Per task the mean over the global batch's labelled samples, and who is present; ``None``: everybody."""
-        shares: list[tuple[Tensor, ...]] = []
-        counts: list[Tensor | int] = []
-        for name in self.task_names:
-            result = results.get(name)
-            shares.append((self._absent_loss(self.device),) * parts if result is None else result.shares)
-            counts.append(0 if result is None else 1 if result.count is None else result.count)
-        # First all first halves, then all second ones.
-        losses = [share for column in zip(*shares, strict=True) for share in column]
-        complete = len(results) == len(self.task_names) and all(result.count is None for result in results.values())
+        """Per task the mean over the global batch's labelled samples, and who is present; ``None``: everybody.
+
+        In parts, first the share of each task's first part, then that of its second.
+        """
+        found = [results.get(name) for name in self.task_names]
+        means = [(self._absent_loss(self.device),) * parts if r is None else r.means for r in found]
+        counts = [(0,) * parts if r is None else tuple(1 if c is None else c for c in r.counts) for r in found]
+        losses = [mean for part in zip(*means, strict=True) for mean in part]
+        labels = [count for part in zip(*counts, strict=True) for count in part]
+        if parts > 1:
+            return halves_to_global(losses, labels)
+        complete = all(r is not None and r.counts == (None,) for r in found)
         # With one loader per task another rank may lack a task that this one has.
         alike = world_size() == 1 or len({id(result.roots) for result in results.values()}) == 1
         if complete and alike:
             return losses, None
-        return rescale_to_global(losses, counts)
+        return rescale_to_global(losses, labels)
 
     def _declared_step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         if isinstance(self.balancer, LossBalancer) or not torch.is_grad_enabled():
@@ -321,7 +324,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         results = self._run(batch, dataloader=name)
         total: Any = self.total_loss[stage]
         for task, result in results.items():
-            size = num_samples(result.target) if result.count is None else int(result.count)
+            size = num_samples(result.target) if result.counts[0] is None else int(result.counts[0])
             self._log_now(f"{stage}/loss/{task}", result.loss, size)
             metrics = self.tasks[task].update_metrics(stage, result.output, result.target, task, result.mask)
             for key, metric in metrics.items():

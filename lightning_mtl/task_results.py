@@ -9,18 +9,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_mtl.batches import num_samples
-from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine import tensors_of
 from lightning_mtl.tasks import Task
 
 
 @dataclass
 class TaskResult:
-    """One task in one batch; its loss is the sum of its shares, one or, for a balancer that compares them, two."""
+    """One task in one batch.
+
+    Args:
+        loss: over the whole batch.
+        means: the mean loss of each part that is compared: of the whole, or of two halves.
+        counts: how many labels each part has; ``None`` where labels cannot be missing.
+    """
 
     loss: Tensor
-    shares: tuple[Tensor, ...]
-    count: Tensor | int | None
+    means: tuple[Tensor, ...]
+    counts: tuple[Tensor | int | None, ...]
     output: Any
     target: Any
     mask: Tensor | None
@@ -30,24 +35,23 @@ class TaskResult:
 
 def halved_loss(
     task: Task, output: Any, target: Any, name: str, mask: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | int | None]:
-    """The mean loss of a batch, as the sum of what its even and its odd samples contribute to it."""
-    size = num_samples(target)
-    if size < 2:
-        raise bad_argument(
-            task, f"target of '{name}'", "have at least two samples to halve", size, "Use larger batches"
-        )
-    found = []
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor | int, Tensor | int]]:
+    """For the even and the odd samples of a batch apart: sum (for its graph), mean losses, label counts."""
+    means: list[Tensor] = []
+    counts: list[Tensor | int] = []
     for half in (slice(0, None, 2), slice(1, None, 2)):
         parts = tree_map(
             lambda value, half=half: value[half] if isinstance(value, Tensor) else value, (output, target, mask)
         )
+        size = num_samples(parts[1])
+        if size == 0:
+            means.append(0 * means[0])
+            counts.append(0)
+            continue
         loss, count = task.mean_loss(parts[0], parts[1], name, parts[2])
-        found.append((loss, num_samples(parts[1]) if count is None else count, count))
-    total: Any = found[0][1] + found[1][1]
-    divisor = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
-    shares = [loss * (count / divisor) for loss, count, _ in found]
-    return shares[0] + shares[1], (shares[0], shares[1]), None if found[0][2] is None else total
+        means.append(loss)
+        counts.append(size if count is None else count)
+    return means[0] + means[1], (means[0], means[1]), (counts[0], counts[1])
 
 
 def trains(task: Task, features: Any) -> bool:

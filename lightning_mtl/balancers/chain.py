@@ -53,4 +53,8 @@ class Chain(Wrapper):
         return scale if more is None or isinstance(self.inner, LossBalancer) else scale * more
 
     def own_objective(self, losses: Tensor, present: Tensor | None = None) -> Tensor | None:
-        return own_objective_of(self.first, losses, present)
+        first = own_objective_of(self.first, losses, present)
+        scale = private_weights_of(self.first, losses, present)
+        assert scale is not None
+        then = own_objective_of(self.inner, scale.detach() * losses, present)
+        return then if first is None else first if then is None else first + then.to(first)

@@ -50,10 +50,6 @@ class COSMOS(LossBalancer):
         self._setting("preference", preference, 1.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and any(isinstance(setting[0], dict) for setting in self._settings.values()):
-            raise bad_argument(
-                self, "preference", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
-            )
         preference = self.preference[tasks].to(losses.dtype)
         share = preference / preference.sum()
         # In units of the largest loss: no square overflows, and only losses that are all 0 have a norm below 1.

@@ -24,7 +24,7 @@ class DBMTL(GramBalancer):
     Update: sum scale; scale-free in the rows; the direction does not change if a loss and its gradient are multiplied
     by one number. Heads get the gradient of the logarithm of their loss.
     Promises: every gradient is equally long in the sum; one of zero is left out.
-    Raises: ``ValueError`` if a loss is not > 0.
+    Raises: ``ValueError`` if a loss is < 0.
     Paper: Lin et al., 2023, arXiv:2308.12029, algorithm 1 with beta = 0; ``db_mtl_average`` keeps the paper's moving
     average.
 

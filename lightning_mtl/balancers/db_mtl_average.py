@@ -24,7 +24,7 @@ class DBMTLAverage(RowBalancer):
     Shapes: rows ``[T, N]``, losses ``[T]`` -> update ``[N]``.
     State: that of :class:`RowBalancer`, ``averages`` ``[T, N]`` and ``seen`` ``[T]``.
     Update: sum scale; scale-free in the rows; heads get the gradient of the logarithm of their loss.
-    Raises: ``ValueError`` if an option is out of range or a loss is not > 0.
+    Raises: ``ValueError`` if an option is out of range or a loss is < 0.
     Paper: Lin et al., 2023, arXiv:2308.12029, algorithm 1. Departure: a task's first average is its first gradient, not
     that mixed with zero, which only its direction would not show.
 

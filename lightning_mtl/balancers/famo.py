@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
-from lightning_mtl.checks import bad_argument, check_number
+from lightning_mtl.checks import check_number
 from lightning_mtl.linalg import adam_step, log_losses, one_or_nan
 
 _MOVING = ("logits", "first_moment", "second_moment", "updates")
@@ -72,10 +72,6 @@ class FAMO(LossBalancer):
         self._setting("min_losses", min_losses, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and isinstance(self._settings["min_losses"][0], dict):
-            raise bad_argument(
-                self, "min_losses", "be numbers while names are unknown", "a mapping", "Call bind(names) first"
-            )
         above = losses.detach().double() - self.min_losses[tasks]
         logs = log_losses(above, self, "min_losses", first=not self._looked)
         self._looked = True

@@ -50,9 +50,9 @@ class GradDrop(RowBalancer):
     def update(self, rows: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         size = rows.abs().sum(0)
         purity = 0.5 * (1 + torch.where(size > 0, rows.sum(0) / size, 0))
-        # Drawn on the CPU: the same numbers on every kind of device.
-        generator = torch.Generator().manual_seed(self.seed + int(self.step))
-        draw = torch.rand(rows.shape[1], generator=generator, dtype=torch.float32).to(rows)
+        # Drawn where the rows are: equal on every rank with the same kind of device.
+        generator = torch.Generator(rows.device).manual_seed(self.seed + int(self.step))
+        draw = torch.rand(rows.shape[1], generator=generator, dtype=torch.float32, device=rows.device).to(rows)
         chosen = torch.where(purity > draw, rows > 0, rows < 0)
         leak = self.leak[tasks].to(rows)[:, None]
         return (rows * (leak + (1 - leak) * chosen)).sum(0)

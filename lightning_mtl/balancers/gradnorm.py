@@ -83,7 +83,9 @@ class GradNorm(GramBalancer):
         super().bind(names)
         for name, value in zip(_SETTINGS, self._resolve(), strict=True):
             if isinstance(self._given[name], dict):
-                self.get_buffer(name).copy_(value)
+                old = self.get_buffer(name)
+                # What a checkpoint or a step has brought already stays.
+                old.copy_(torch.where(old.isnan(), value, old) if name == "initial_losses" else value)
 
     def _resolve(self) -> list[Tensor]:
         values = [self._by_task(self._given[name], default, name, float) for name, default in _SETTINGS.items()]

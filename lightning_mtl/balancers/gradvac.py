@@ -66,8 +66,7 @@ class GradVac(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         groups, count = gram.shape[:2]
-        if len(self.targets) != groups:
-            self.targets = gram.new_zeros((groups, self.num_tasks, self.num_tasks))
+        self._grown("targets", groups)
         # In numpy, as in PCGrad: calling torch would take most of the time.
         inner = gram.numpy()
         index = np.arange(self.num_tasks)[tasks if isinstance(tasks, slice) else tasks.numpy()]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
-from lightning_mtl.checks import bad_argument
 from lightning_mtl.linalg import log_losses, one_or_nan
 
 
@@ -44,10 +43,6 @@ class LogSum(LossBalancer):
         self._setting("loss_offset", loss_offset, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and isinstance(self._settings["loss_offset"][0], dict):
-            raise bad_argument(
-                self, "loss_offset", "be numbers while names are unknown", "a mapping", "Call bind(names) first"
-            )
         above = losses - self.loss_offset[tasks].to(losses.dtype)
         logs = log_losses(above, self, "loss_offset", first=not self._looked)
         self._looked = True

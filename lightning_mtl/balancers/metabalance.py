@@ -64,8 +64,7 @@ class MetaBalance(GramBalancer):
         self.register_buffer("norms", torch.zeros((1, num_tasks), dtype=torch.float64))
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
-        if len(self.norms) != len(gram):
-            self.norms = gram.new_zeros((len(gram), self.num_tasks))
+        self._grown("norms", len(gram))
         now = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
         kept = self.norms[:, tasks]
         average = torch.where(kept > 0, self.beta * kept + (1 - self.beta) * now, now)

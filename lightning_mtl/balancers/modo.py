@@ -20,7 +20,7 @@ class MoDo(GramBalancer):
     Args:
         num_tasks: ``T``.
         gamma: step size of the weights, > 0.
-        rho: regularisation of the weights, >= 0.
+        rho: regularisation of the weights, >= 0 (0 as in the paper's experiments; other code has 0.1).
         projection: "simplex" as in the paper, or "softmax" of the moved weights, as in other code.
         every_n_steps: move the weights in every n-th step only.
 

@@ -57,10 +57,6 @@ class PBI(LossBalancer):
         self._setting("reference", reference, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and any(isinstance(setting[0], dict) for setting in self._settings.values()):
-            raise bad_argument(
-                self, "preference", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
-            )
         preference = self.preference[tasks].to(losses.dtype)
         ray = preference / preference.norm()
         above = losses - self.reference[tasks].to(losses.dtype)

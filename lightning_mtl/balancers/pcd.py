@@ -14,6 +14,8 @@ from lightning_mtl.linalg import nonnegative_qp, unit_gram
 
 #: A direction whose squared length is this small against its parts is what rounding leaves of zero.
 _NOTHING = 1e-14
+#: A moving average that keeps everything never starts.
+_LONGEST = 1 - 1e-9
 
 
 class PCD(GramBalancer):
@@ -61,7 +63,7 @@ class PCD(GramBalancer):
         every_n_steps: int = 1,
     ) -> None:
         super().__init__(num_tasks, every_n_steps)
-        check_number(beta, "beta", self, low=0.0, high=1.0)
+        check_number(beta, "beta", self, low=0.0, high=_LONGEST)
         self.primary, self.beta = primary, beta
         self._place(primary, "primary")
         self._setting("tau", tau, 0.02)

@@ -71,10 +71,6 @@ class STCH(LossBalancer):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.long))
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        if self.names is None and any(isinstance(setting[0], dict) for setting in self._settings.values()):
-            raise bad_argument(
-                self, "preference", "be numbers while the names are unknown", "a mapping", "Call bind(names) first"
-            )
         above = losses.double() - self.reference[tasks]
         share = self.preference[tasks] / self.preference[tasks].sum()
         if self.warmup_epochs == 0:

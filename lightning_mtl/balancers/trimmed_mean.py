@@ -13,7 +13,7 @@ class TrimmedMean(RowBalancer):
 
     Args:
         num_tasks: ``T``.
-        num_trimmed: ``b``; ``2 b < T``. With fewer tasks present, as many as leave one.
+        num_trimmed: ``b``; ``2 b < T``; by default 1 (two tasks: 0). With fewer tasks present, as many as leave one.
 
     Shapes: rows ``[T, N]``, losses ``[T]`` (unused) -> update ``[N]``.
     State: that of :class:`RowBalancer`. Update: mean scale; scale-free; heads keep their own gradient.
@@ -26,8 +26,10 @@ class TrimmedMean(RowBalancer):
         tensor([2.])
     """
 
-    def __init__(self, num_tasks: int, num_trimmed: int = 0) -> None:
+    def __init__(self, num_tasks: int, num_trimmed: int | None = None) -> None:
         super().__init__(num_tasks)
+        if num_trimmed is None:
+            num_trimmed = 1 if num_tasks > 2 else 0
         check_integer(num_trimmed, "num_trimmed", self, low=0)
         if 2 * num_trimmed >= num_tasks:
             raise bad_argument(

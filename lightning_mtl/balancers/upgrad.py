@@ -17,7 +17,7 @@ class UPGrad(GramBalancer):
 
     Args:
         num_tasks: ``T``.
-        preference: weight of each projection, > 0: one number, ``T`` of them, or a mapping of task names; by default
+        preference: weight of each projection, >= 0: one number, ``T`` of them, or a mapping of task names; by default
             one over the number of tasks that are present.
         every_n_steps: solve in every n-th step only.
 
@@ -26,7 +26,7 @@ class UPGrad(GramBalancer):
     Update: mean scale; scale-free; heads keep their own gradient.
     Promises: :math:`g_t^\top d \ge 0` for every task: no task gets worse to first order. If no gradients conflict,
     their mean. Linear in each task's length while the angles stay.
-    Raises: ``ValueError`` if a preference is not finite.
+    Raises: ``ValueError`` if a preference is negative or not finite.
     Paper: Quinton and Rey, 2024, arXiv:2406.16232, equation 3 and section 4.
 
     Example:
@@ -45,7 +45,7 @@ class UPGrad(GramBalancer):
     ) -> None:
         super().__init__(num_tasks, every_n_steps)
         self._mean = preference is None
-        self._setting("preference", preference, 1.0)
+        self._setting("preference", preference, 1.0, low=0.0)
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())

@@ -7,6 +7,7 @@ from lightning_mtl.engine.compiled import allow_several_backwards as allow_sever
 from lightning_mtl.engine.cut import boundary as boundary
 from lightning_mtl.engine.cut import leaves_per_head as leaves_per_head
 from lightning_mtl.engine.cut import tensors_of as tensors_of
+from lightning_mtl.engine.gather import halves_to_global as halves_to_global
 from lightning_mtl.engine.gather import on_host as on_host
 from lightning_mtl.engine.gather import rescale_to_global as rescale_to_global
 from lightning_mtl.engine.gather import shares as shares

@@ -39,6 +39,13 @@ def global_losses(step: Step, num_tasks: int) -> Tensor:
     return mean_over_ranks(stacked(step.losses).detach().view(-1, num_tasks).sum(0))
 
 
+def private_weights(step: Step, balancer: GramBalancer | RowBalancer, num_tasks: int) -> Tensor | None:
+    """What the balancer puts on the heads' own gradients, ``[T]``; the same on every rank."""
+    if type(balancer).private_weights in (GramBalancer.private_weights, RowBalancer.private_weights):
+        return None
+    return balancer.private_weights(global_losses(step, num_tasks), step.present)
+
+
 class BalancedBackward:
     """The backward of one step. Lives until that backward, then lets the graph go."""
 
@@ -70,9 +77,7 @@ class BalancedBackward:
                 "no last shared layer",
                 'Pass last_layer= (a module inside the encoder), norms_at="shared" or level="features"',
             )
-        own = None
-        if type(balancer).private_weights not in (GramBalancer.private_weights, RowBalancer.private_weights):
-            own = balancer.private_weights(global_losses(step, len(names)), step.present)
+        own = private_weights(step, balancer, len(names))
         self.own_weights: list[float] | None = None if own is None else self._per_loss(own)
         self.apart = weight_heads or own is not None
 
@@ -256,7 +261,7 @@ def _check_no_weights(balancer: RowBalancer, weight_heads: bool) -> None:
         raise bad_argument(
             balancer,
             "weight_heads",
-            "be False for a method whose update is no weighted sum of the rows",
+            "be False for a balancer of rows, whose update need not be a weighted sum of them",
             True,
             "Leave it out; heads keep their own gradient",
         )

@@ -53,6 +53,30 @@ def rescale_to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) 
     return [loss * factor.to(loss.dtype) for loss, factor in zip(losses, factors, strict=True)], total > 0
 
 
+def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple[list[Tensor], Tensor | None]:
+    """Turn means over the halves of this rank's samples into shares of the tasks' losses.
+
+    A task's loss is the mean of its halves' means over the global batch, or the one that has labels; then the other
+    share is 0.
+
+    Args:
+        means: ``2T`` scalars, those of the first halves before those of the second.
+        counts: how many labels each is the mean of.
+
+    Returns: ``2T`` shares, and who is present in the global batch, bool ``[T]``; ``None`` if surely everybody.
+    """
+    device = means[0].device
+    mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
+    total = mine.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    there = (total > 0).view(2, -1)
+    factors = mine * world_size() / total.clamp(min=1) / there.sum(0).clamp(min=1).repeat(2)
+    shares = [mean * factor.to(mean.dtype) for mean, factor in zip(means, factors, strict=True)]
+    sure = world_size() == 1 and all(isinstance(count, int) and count > 0 for count in counts)
+    return shares, None if sure else there.any(0)
+
+
 def on_host(counts: Mapping[str, Tensor | int]) -> dict[str, int]:
     """Label counts as numbers, in one transfer."""
     if not counts:

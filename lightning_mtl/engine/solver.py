@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument, check_choice
-from lightning_mtl.engine.balanced_backward import BalancedBackward, Report, global_losses, stacked
+from lightning_mtl.engine.balanced_backward import BalancedBackward, Report, global_losses, private_weights, stacked
 from lightning_mtl.engine.compiled import check_not_siblings, check_several_backwards
 from lightning_mtl.engine.deposit import deposit
 from lightning_mtl.engine.gather import mean_over_ranks, world_size
@@ -59,15 +59,20 @@ def balanced_loss(
     check_not_siblings(step, balancer)
     check_several_backwards([*step.losses, *(root for roots in step.roots or () for root in roots)], balancer)
     if not step.shared and not step.shared_heads:
-        return _plain_sum(step)
+        return _with_own(_plain_sum(step, balancer, len(names)), step, balancer, len(names))
     if level == "features":
         step = replace(step, private=[*step.shared_heads, *step.private], shared_heads=[])
         _check_features(step)
     loss = BalancedBackward(step, balancer, tuple(names), level, weight_heads, report).loss()
+    return _with_own(loss, step, balancer, len(names))
+
+
+def _with_own(loss: Tensor, step: Step, balancer: Balancer, num_tasks: int) -> Tensor:
+    """The loss, whose backward also reaches the parameters that the balancer itself learns."""
     if isinstance(balancer, GramBalancer) and any(parameter.requires_grad for parameter in balancer.parameters()):
-        own = balancer.own_objective(global_losses(step, len(names)), step.present)
+        own = balancer.own_objective(global_losses(step, num_tasks), step.present)
         # Its value is not part of the losses, its gradient is.
-        loss = loss if own is None else loss + (own - own.detach()).to(loss)
+        return loss if own is None else loss + (own - own.detach()).to(loss)
     return loss
 
 
@@ -83,14 +88,23 @@ def _check_halves(step: Step, balancer: Balancer, num_tasks: int) -> None:
         )
 
 
-def _plain_sum(step: Step) -> Tensor:
-    """Nothing is shared. Under a process group every parameter still gets a gradient, for which DDP waits."""
-    total = stacked(step.losses).sum()
+def _plain_sum(step: Step, balancer: GramBalancer | RowBalancer, num_tasks: int) -> Tensor:
+    """Nothing is shared: heads only, with what the balancer puts on them.
+
+    Under a process group every parameter still gets a gradient, for which DDP waits.
+    """
+    losses = stacked(step.losses)
+    total, own = losses.sum(), private_weights(step, balancer, num_tasks)
+    if own is not None:
+        factors = own.to(losses).repeat(len(losses) // num_tasks)
+        total = torch.dot(factors, losses) + (total - torch.dot(factors, losses)).detach()
     if world_size() == 1 or not step.private:
         return total
+    ones = [1.0] * len(losses) if own is None else factors.tolist()
 
     def solve(scale: Tensor) -> Grads:
-        return grad_of(step.losses, step.private, [scale.to(loss) for loss in step.losses], keep=False)
+        seeds = [(scale * one).to(loss) for loss, one in zip(step.losses, ones, strict=True)]
+        return grad_of(step.losses, step.private, seeds, keep=False)
 
     return deposit(total.detach(), step.private, solve)
 

@@ -35,6 +35,12 @@ def nonnegative_qp(unit: Array, linear: Array) -> Array:
     Shapes: unit ``[T, T]``, diagonal 1 or 0, linear ``[B, T]`` -> ``[B, T]``.
     """
     found = _block_pivoting(unit, linear)
+    left = np.flatnonzero(~_optimal(unit, linear, found))
+    if len(left):
+        # Dependent rows: which of them push is found with the diagonal a little raised, how much they do without.
+        raised = _block_pivoting(unit + _RIDGE * np.eye(len(unit)), linear[left])
+        for index, guess in zip(left, raised, strict=True):
+            found[index] = _on_support(unit, linear[index], guess > 0)
     for index in np.flatnonzero(~_optimal(unit, linear, found)):
         row = linear[index : index + 1]
         single = _single_pivoting(unit, row[0])[None]
@@ -42,6 +48,13 @@ def nonnegative_qp(unit: Array, linear: Array) -> Array:
             single = _single_pivoting(unit + _RIDGE * np.eye(len(unit)), row[0])[None]
         found[index] = single[0]
     return found
+
+
+def _on_support(unit: Array, linear: Array, support: Array) -> Array:
+    y = np.zeros(len(linear))
+    if support.any():
+        y[support] = np.linalg.lstsq(unit[support][:, support], -linear[support], rcond=_EPS * len(linear))[0]
+    return y
 
 
 def _tolerance(linear: Array, y: Array) -> Array:

@@ -8,6 +8,8 @@ from lightning_mtl.linalg.unit import unit_gram
 
 Array = np.ndarray
 _ROUNDS = 200
+#: Rounds without a smaller residual, and weights against those without interaction, at which there is no solution.
+_PATIENCE, _ENDLESS = 40, 1e9
 #: How far a power may be from 1, or from the one before, as a logarithm.
 _FAR = 0.8
 #: A Newton step that changes no weight by more than this share is taken whole, if it brings the equation nearer.
@@ -71,6 +73,9 @@ def _newton(system: Array, r: Array, power: float) -> tuple[Array, float]:
         idle = 0 if now < error else idle + 1
         if now < error:
             best, error = z, now
+        # Towards a combination that cancels the weights grow for ever.
+        if idle > _PATIENCE or z.max() > _ENDLESS:
+            break
         # At the solution Newton's steps are rounding, and go on for ever.
         if error <= _PRECISE or (error <= _SOLVED and idle > 2) or (error <= _NEARLY and idle > 0):
             break

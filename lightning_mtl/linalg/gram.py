@@ -11,24 +11,48 @@ from torch import Tensor
 # devices it is converted to float64; the sum over blocks is float64 everywhere.
 _BLOCK_CPU = 1 << 10
 _BLOCK = 1 << 22
+# Smallest eigenvalue of the unit gram from which on float32 products will do.
+_CLEAR = 1e-2
 
 
 def gram(rows: Tensor) -> Tensor:
     """Inner products of the rows, summed in float64: relative to the norms exact to 1e-6 for float32 rows.
 
+    On the CPU float32 products will do, block by block, if the rows turn out to be clearly independent. Where they
+    (nearly) depend on each other, products are float64 too: rank decisions hang on the last digits.
+
     Shapes: rows ``[T, N]`` -> gram float64 ``[T, T]``.
     """
     # Reduced-precision matmul (a setting that many turn on for speed) must not reach the gram.
     exact = torch.get_float32_matmul_precision() == "highest"
-    done, total = 0, rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
     if rows.device.type == "cpu" and rows.dtype == torch.float32 and exact and rows.shape[1] >= _BLOCK_CPU:
-        done = rows.shape[1] // _BLOCK_CPU * _BLOCK_CPU
-        blocks = rows[:, :done].unflatten(1, (-1, _BLOCK_CPU)).transpose(0, 1)
-        torch.sum(torch.bmm(blocks, blocks.transpose(1, 2)), 0, dtype=torch.float64, out=total)
-    for begin in range(done, rows.shape[1], _BLOCK):
+        total = _in_float32(rows)
+        if _independent(total):
+            return total
+    return _in_float64(rows)
+
+
+def _in_float64(rows: Tensor) -> Tensor:
+    total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
+    for begin in range(0, rows.shape[1], _BLOCK):
         wide = rows[:, begin : begin + _BLOCK].double()
         total.addmm_(wide, wide.T)
     return total
+
+
+def _in_float32(rows: Tensor) -> Tensor:
+    done = rows.shape[1] // _BLOCK_CPU * _BLOCK_CPU
+    blocks = rows[:, :done].unflatten(1, (-1, _BLOCK_CPU)).transpose(0, 1)
+    total = torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return (total + total.T) / 2 + _in_float64(rows[:, done:])
+
+
+def _independent(gram: Tensor) -> bool:
+    """Whether an error of 1e-7 in a cosine is small against what tells the rows apart."""
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    there = norms > 0
+    unit = (gram / norms / norms[:, None])[there][:, there]
+    return bool(torch.isfinite(unit).all()) and (len(unit) == 0 or float(torch.linalg.eigvalsh(unit)[0]) > _CLEAR)
 
 
 def gram_of_parts(parts: Sequence[Sequence[Tensor]]) -> Tensor:

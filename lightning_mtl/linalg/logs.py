@@ -43,17 +43,17 @@ def one_or_nan(losses: Tensor) -> Tensor:
 
 
 def log_weights(losses: Tensor, owner: object, present: Tensor | None = None) -> Tensor:
-    """``d log(loss + 1e-8) / d loss`` of positive losses; 0 for tasks that are not present.
+    """``d log(loss + 1e-8) / d loss`` of losses >= 0; 0 for tasks that are not present.
 
     Shapes: losses ``[T]``, present bool ``[T]`` -> ``[T]``.
-    Raises: ``ValueError`` if a loss is finite and <= 0.
+    Raises: ``ValueError`` if a loss is finite and < 0.
     """
     counted = losses if present is None else losses[present]
-    if bool(((counted <= 0) & counted.isfinite()).any()):
+    if bool(((counted < 0) & counted.isfinite()).any()):
         raise bad_argument(
             owner,
             "losses",
-            "be > 0, because the method takes their logarithms",
+            "be >= 0, because the method takes their logarithms",
             losses.tolist(),
             "Add a lower bound to the losses, or choose another balancer",
         )

@@ -29,8 +29,10 @@ class TotalLoss(Metric):
 
     def update(self, task: int, loss: Tensor, count: int) -> None:
         """Add a batch: the mean loss of the ``task``-th task over ``count`` labels."""
-        self.sums[task] += loss.detach().float() * count
-        self.counts[task] += count
+        # Not in place: Lightning validates in inference mode, whose tensors refuse that outside.
+        here = torch.arange(len(self.sums), device=self.sums.device) == task
+        self.sums = self.sums + torch.where(here, loss.detach().float() * count, 0)
+        self.counts = self.counts + here * count
 
     def compute(self) -> Tensor:
         seen = self.counts > 0

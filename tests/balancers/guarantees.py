@@ -68,10 +68,14 @@ class Problem:
         return weights.view(-1).numpy()
 
 
-@cache
-def _unit_rows(num_tasks: int, rank: int, index: int) -> Array:
+#: Columns of the rows: in float32 enough for the products that the CPU takes in float32.
+COLUMNS = {torch.float64: 150, torch.float32: 2100}
+
+
+@lru_cache(maxsize=512)
+def _unit_rows(num_tasks: int, rank: int, dtype: torch.dtype, index: int) -> Array:
     generator = np.random.default_rng([num_tasks, rank, index])
-    rows = generator.standard_normal((num_tasks, rank)) @ generator.standard_normal((rank, 150))
+    rows = generator.standard_normal((num_tasks, rank)) @ generator.standard_normal((rank, COLUMNS[dtype]))
     return rows / np.linalg.norm(rows, axis=1)[:, None]
 
 
@@ -79,13 +83,13 @@ def _unit_rows(num_tasks: int, rank: int, index: int) -> Array:
 def _rows(num_tasks: int, rank: int, ratio: float, dtype: torch.dtype, index: int) -> Array:
     lengths = np.geomspace(1, ratio, num_tasks)
     np.random.default_rng(index).shuffle(lengths)
-    rows = torch.from_numpy(lengths[:, None] * _unit_rows(num_tasks, rank, index))
+    rows = torch.from_numpy(lengths[:, None] * _unit_rows(num_tasks, rank, dtype, index))
     return rows.to(dtype).double().numpy()
 
 
 @cache
 def _margin(num_tasks: int, rank: int, dtype: torch.dtype, index: int) -> float:
-    return margin(torch.from_numpy(_unit_rows(num_tasks, rank, index)).to(dtype).double().numpy(), rank)
+    return margin(torch.from_numpy(_unit_rows(num_tasks, rank, dtype, index)).to(dtype).double().numpy(), rank)
 
 
 def margin(units: Array, rank: int) -> float:

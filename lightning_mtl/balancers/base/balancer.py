@@ -43,6 +43,7 @@ class Balancer(nn.Module):
         self.num_tasks = num_tasks
         self.names: tuple[str, ...] | None = None
         self._settings: dict[str, tuple[object, float, float, float]] = {}
+        self._unbound: set[str] = set()
 
     def bind(self, names: Sequence[str]) -> None:
         """Learn the task names, in the order of every ``[T]`` tensor.
@@ -93,6 +94,20 @@ class Balancer(nn.Module):
         """
         raise NotImplementedError
 
+    def _check_bound(self) -> None:
+        """Raises: ``ValueError`` if an argument names tasks, and the names are not known."""
+        if self.names is not None:
+            return
+        named = self._unbound | {name for name, (given, *_) in self._settings.items() if isinstance(given, dict)}
+        if named:
+            raise bad_argument(
+                self,
+                min(named),
+                "hold numbers in task order where the task names are not known",
+                "names",
+                "Call bind(names) first, or pass numbers",
+            )
+
     def check_level(self, level: str) -> None:
         """Raises: ``ValueError`` if the method is not defined at this level."""
         if level not in self.levels:
@@ -108,6 +123,7 @@ class Balancer(nn.Module):
         """Where a task stands in the order; 0 as long as its name cannot be looked up."""
         known = self.names if isinstance(task, str) else range(self.num_tasks)
         if isinstance(task, str) and self.names is None:
+            self._unbound.add(arg)
             return 0
         if isinstance(task, bool) or known is None or task not in known:
             raise bad_argument(

@@ -31,7 +31,8 @@ class GramBalancer(Balancer):
     Args:
         num_tasks: ``T``.
         every_n_steps: solve in every n-th step only and reuse the weights in between; a step without a solve
-            costs one ordinary backward. Overflows are noticed in steps with a solve only.
+            costs one ordinary backward. Overflows are noticed in steps with a solve only, and a task without labels
+            in such a step has weight 0 until the next.
 
     State: ``step`` counts backwards (with accumulation several per optimizer step); one whose gram is not finite does
     not count, unless it was to reuse its weights and had no gram. ``last_weights`` ``[T]`` (``[K, T]`` in groups).
@@ -105,6 +106,7 @@ class GramBalancer(Balancer):
         """
         check_gram(gram, self.num_tasks * (2 if self.halves else 1), self, grouped=self.grouped)
         check_losses(losses, self.num_tasks, self)
+        self._check_bound()
         gram, losses = (x.detach().to(self.step.device, torch.float64) for x in (gram, losses))
         weights = losses.new_zeros((*gram.shape[:-2], self.num_tasks))
         tasks = ALL
@@ -126,7 +128,9 @@ class GramBalancer(Balancer):
             weights.copy_(solved)
             self.last_weights.copy_(solved)
         else:
-            weights[..., tasks] = self.last_weights[..., tasks] = solved
+            # A task that was not there has no weight to be used again: it waits for the next solve.
+            weights[..., tasks] = solved
+            self.last_weights.copy_(weights)
         self.step += 1
         return weights
 
@@ -158,6 +162,23 @@ class GramBalancer(Balancer):
         if not self.grouped:
             return weights @ rows
         return torch.cat([weight @ part for weight, part in zip(weights, parts, strict=True)])
+
+    def _grown(self, name: str, groups: int) -> Tensor:
+        """The buffer ``name``, ``[K, ...]``, with as many groups as this step has; made of zeros at the first."""
+        buffer = self._buffers[name]
+        assert buffer is not None
+        if len(buffer) != groups:
+            if bool(buffer.any()):
+                raise bad_argument(
+                    self,
+                    "gram",
+                    f"have {len(buffer)} groups, as many as before",
+                    groups,
+                    "Do not freeze or unfreeze shared parameters in between, or build a new balancer then",
+                )
+            self._buffers[name] = buffer.new_zeros((groups, *buffer.shape[1:]))
+        grown: Tensor = getattr(self, name)
+        return grown
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GramBalancer:
         before = dict(self._buffers)

@@ -74,6 +74,7 @@ class LossBalancer(Balancer):
         Shapes: losses ``[T]``, present bool ``[T]`` -> ``[]``.
         """
         check_losses(losses, self.num_tasks, self)
+        self._check_bound()
         if present is None:
             return self.objective(losses)
         check_present(present, self.num_tasks, self)

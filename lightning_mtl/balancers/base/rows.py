@@ -59,6 +59,9 @@ class RowBalancer(Balancer):
         """
         check_rows(rows, self.num_tasks, self)
         check_losses(losses, self.num_tasks, self)
+        self._check_bound()
+        if self.step.device != rows.device:
+            self.to(rows.device)
         losses = losses.detach().to(rows.device, torch.float64)
         tasks = ALL
         if present is not None:
