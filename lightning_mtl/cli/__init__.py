@@ -18,7 +18,7 @@ Parser = argparse.ArgumentParser
 Action = Callable[[argparse.Namespace, Sequence[str]], int]
 
 # Installed with the extra `recipes`; the package itself works without them.
-_EXTRA = {"jsonargparse", "matplotlib", "rich", "sklearn"}
+_EXTRA = {"jsonargparse", "matplotlib", "rich", "scipy", "sklearn"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +93,9 @@ def _ls(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    path = str(folder.find(options.recipe).path)
+    recipe = folder.find(options.recipe).path
+    path = str(recipe)
+    folder.make_importable(recipe)
     # As `python <file>` would have it: Lightning starts its other DDP processes from argv.
     sys.argv = [path, *options.arguments]
     runpy.run_path(path, run_name="__main__")

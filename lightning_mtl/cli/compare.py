@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from lightning_mtl.cli.comparison import Comparison, Results, Row
-from lightning_mtl.cli.folder import Recipe, RecipeError
+from lightning_mtl.cli.folder import Recipe, RecipeError, make_importable
 
 # The runs share the machine, so each is small and quiet; any of it can be overridden on the command line.
 _TRAINER = (
@@ -105,6 +105,7 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # LightningCLI and pickle look the recipe's classes up by the name of their module.
     sys.modules[path.stem] = module
+    make_importable(path)
     spec.loader.exec_module(module)
     return module
 

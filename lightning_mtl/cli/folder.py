@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+LAB = "_lab"  # beside the recipes: what several of them share
 
 
 class RecipeError(ValueError):
@@ -33,6 +36,22 @@ class Recipe:
     def configs(self) -> list[Path]:
         """Its YAML files, sorted."""
         return sorted((self.path.parent / "configs").glob(f"{self.name}*.yaml"))
+
+    @property
+    def shared(self) -> list[Path]:
+        """The files of ``_lab/`` beside it if it imports from there: what several recipes share."""
+        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        if not any(name.partition(".")[0] == LAB for name in modules):
+            return []
+        return sorted((self.path.parent / LAB).glob("*.py"))
+
+
+def make_importable(path: Path) -> None:
+    """Let the recipe in this file import what lies beside it, as ``python <file>`` would."""
+    home = str(path.resolve().parent)
+    if home not in sys.path:
+        sys.path.insert(0, home)
 
 
 def recipes() -> list[Recipe]:
@@ -62,14 +81,17 @@ def find(name: str) -> Recipe:
 
 
 def copy(recipe: Recipe, destination: str | Path, *, force: bool = False) -> list[Path]:
-    """Copy a recipe and its configs into a folder; returns the new files, the recipe first.
+    """Copy a recipe, its configs and what it shares into a folder; returns the new files, the recipe first.
 
     Raises: ``RecipeError``, before anything is copied, if a file is there already and ``force`` is not given.
     """
     target = Path(destination)
     plan = {recipe.path: target / recipe.path.name}
     plan |= {config: target / "configs" / config.name for config in recipe.configs}
-    taken = [str(path) for path in plan.values() if path.exists()]
+    plan |= {shared: target / LAB / shared.name for shared in recipe.shared}
+    # A second recipe copied to the same place brings the same shared files.
+    same = {path for source, path in plan.items() if path.parent.name == LAB and _equal(source, path)}
+    taken = [str(path) for path in plan.values() if path.exists() and path not in same]
     if taken and not force:
         raise RecipeError(
             f"lightning-mtl: `folder` must not hold these files yet, got {', '.join(taken)}. "
@@ -80,3 +102,7 @@ def copy(recipe: Recipe, destination: str | Path, *, force: bool = False) -> lis
         if not (path.exists() and path.samefile(source)):
             shutil.copyfile(source, path)
     return list(plan.values())
+
+
+def _equal(source: Path, path: Path) -> bool:
+    return path.is_file() and path.read_bytes() == source.read_bytes()
