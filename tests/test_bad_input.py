@@ -174,7 +174,7 @@ AT_ONCE = params(
     ("unknown reduction", ValueError, "`reduction` must be one of 'sum', 'mean'",
      lambda: ReconstructionTask(head(8), reduction="max")),
     # Balancers.
-    ("unknown balancer", ValueError, "'fixed', 'gradnorm', 'pcgrad', 'uncertainty'", lambda: module("pcgrads")),
+    ("unknown balancer", ValueError, "perhaps 'pcgrad' was meant", lambda: module("pcgrads")),
     ("unknown class path", ValueError, "got 'no.such.Balancer'", lambda: module("no.such.Balancer")),
     ("class path of another class", ValueError, "got 'torch.nn.Linear'", lambda: module("torch.nn.Linear")),
     ("unknown key beside class_path", ValueError, "`balancer` must have the keys class_path and init_args",

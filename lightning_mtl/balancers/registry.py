@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -162,10 +163,11 @@ def _class_in(key: str) -> type[Balancer]:
 
 
 def _unknown(name: object) -> Exception:
+    near = get_close_matches(str(name).lower(), available(), n=1)
     return bad_argument(
         "balancer",
         "balancer",
         f"be one of {listed(available())}, the name of one of their classes, or the path of a Balancer class",
         repr(name),
-        "Correct the name",
+        f"Correct the name; perhaps {near[0]!r} was meant" if near else "Correct the name",
     )
