@@ -144,7 +144,7 @@ def test_every_page_is_found_by_pages():
     assert all(page.is_file() for page in PAGES)
 
 
-@pytest.mark.parametrize("name", ["", ".balancers", ".callbacks", ".linalg", ".metrics", ".tasks"])
+@pytest.mark.parametrize("name", ["", ".balancers", ".callbacks", ".linalg", ".metrics", ".sharing", ".tasks"])
 def test_the_reference_lists_every_public_name(name):
     module = importlib.import_module(f"lightning_mtl{name}")
     page = (ROOT / "docs" / "reference" / f"{name[1:] or 'lightning_mtl'}.md").read_text()

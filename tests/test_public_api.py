@@ -28,6 +28,10 @@ CONTRACT = {
         "GradDrop TrimmedMean ExcessMTL MoCo DBMTLAverage MoDo SDMGrad IMTL Chain MovingAverage ClipUpdate"
     ),
     "lightning_mtl.tasks": "Task TaskRegistry ClassificationTask MultiLabelTask RegressionTask ReconstructionTask",
+    "lightning_mtl.sharing": (
+        "Encoders OwnFeatures ProximalStep matching penalty_of Constraint CONSTRAINTS mean_penalty mean_prox "
+        "joint_feature_penalty joint_feature_prox trace_norm_penalty trace_norm_prox"
+    ),
     "lightning_mtl.metrics": "delta_m",
     "lightning_mtl.callbacks": "BalanceMonitor ConflictHeatmap FinalTable",
 }
@@ -91,6 +95,17 @@ ARGUMENTS = {
     "BalanceMonitor": "every_n_steps cosines",
     "ConflictHeatmap": "every_n_epochs key",
     "FinalTable": "key",
+    "Encoders": "encoders",
+    "OwnFeatures": "name head",
+    "ProximalStep": "constraint strength | names encoders",
+    "matching": "encoders names",
+    "penalty_of": "encoders constraint names",
+    "mean_penalty": "W",
+    "mean_prox": "W step",
+    "joint_feature_penalty": "W dim",
+    "joint_feature_prox": "W step dim",
+    "trace_norm_penalty": "W",
+    "trace_norm_prox": "W step",
 }
 
 
