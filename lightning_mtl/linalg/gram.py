@@ -37,14 +37,15 @@ def _in_float64(rows: Tensor) -> Tensor:
     for begin in range(0, rows.shape[1], _BLOCK):
         wide = rows[:, begin : begin + _BLOCK].double()
         total.addmm_(wide, wide.T)
-    return total
+    return (total + total.T) / 2
 
 
 def _in_float32(rows: Tensor) -> Tensor:
     done = rows.shape[1] // _BLOCK_CPU * _BLOCK_CPU
     blocks = rows[:, :done].unflatten(1, (-1, _BLOCK_CPU)).transpose(0, 1)
     total = torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=torch.float64)
-    return (total + total.T) / 2 + _in_float64(rows[:, done:])
+    rest = _in_float64(rows[:, done:]) if done < rows.shape[1] else 0
+    return (total + total.T) / 2 + rest
 
 
 def _independent(gram: Tensor) -> bool:

@@ -124,3 +124,23 @@ def test_cosines_stay_within_1():
 )
 def test_conflict_is_the_share_of_opposed_pairs(rows, expected):
     assert conflict(gram(torch.tensor(rows))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("columns", [1024, 4096, 5000])
+@pytest.mark.parametrize("num_tasks, rank", [(3, 1), (3, 2), (8, 3), (20, 10)])
+def test_rows_that_depend_on_each_other_do_so_in_their_gram(num_tasks, rank, columns):
+    generator = torch.Generator().manual_seed(rank)
+    rows = torch.randn(num_tasks, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+    expected = rows.double() @ rows.double().T
+    found = gram(rows)
+    assert torch.equal(found, found.T)
+    scale = expected.diagonal().sqrt()
+    assert ((found - expected).abs() / scale / scale[:, None]).max() < 1e-13
+
+
+def test_a_row_of_zeros_and_one_that_is_not_finite_pass():
+    rows = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0))
+    rows[1] = 0
+    torch.testing.assert_close(gram(rows), rows.double() @ rows.double().T, rtol=1e-6, atol=1e-4)
+    rows[2, 5] = torch.nan
+    assert gram(rows)[2].isnan().any()
