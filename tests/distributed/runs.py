@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Sampler
 import lightning_mtl
 from lightning_mtl import Balanced, MultiTaskModule
 from lightning_mtl.balancers import resolve
+from lightning_mtl.sharing import Encoders, OwnFeatures, ProximalStep
 from lightning_mtl.tasks import MultiLabelTask, Task
 from tests.nets import WIDTH, HandWritten, Samples, mlp, module, network, samples, sgd, three_tasks, trainer
 
@@ -269,6 +270,22 @@ def per_label(run: Run) -> MultiTaskModule:
     return MultiTaskModule(mlp(), {**colours, "size": three_tasks()["size"]}, run.balancer, run.level, optimizer=sgd)
 
 
+class Soft(MultiTaskModule):
+    """One encoder per task, and a proximal step over their first layers."""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        names = ["0.weight"]
+        return [ProximalStep("trace_norm", 0.5, names=names), ProximalStep("joint_features", 0.2, names=names)]
+
+
+def soft(run: Run) -> MultiTaskModule:
+    torch.manual_seed(0)
+    encoders, tasks = Encoders({task: mlp() for task in TASKS}), three_tasks()
+    for name, task in tasks.items():
+        task.head = OwnFeatures(name, task.head)
+    return Soft(encoders, tasks, run.balancer, run.level, optimizer=sgd)
+
+
 class Sharded(MultiTaskModule):
     """Under FSDP2 the encoder and each head lie in shards on both processes."""
 
@@ -293,6 +310,7 @@ MODELS: dict[str, Callable[[Run], Any]] = {
     "weight_heads": lambda run: declared(run, weight_heads=True),
     "frozen": frozen,
     "per_label": per_label,
+    "soft": soft,
     "sharded": sharded,
 }
 
