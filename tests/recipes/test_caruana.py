@@ -1,0 +1,167 @@
+"""Each mechanism shows in a short form of its own study, and the statistics are those of the books."""
+
+import csv
+
+import pytest
+import torch
+
+from lightning_mtl.cli import folder, main
+from lightning_mtl.cli.compare import load
+
+RECIPE = folder.find("caruana")
+recipe = load(RECIPE.path)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_amplify_eight_tasks_beat_one_and_noise():
+    study = recipe.amplify(seeds=24, tasks=(8,), rows=())
+    assert study.tests["8 tasks, 60 rows against 1 task, 60 rows"].better(0.01)
+    assert study.tests["8 tasks, 60 rows against 8 shuffled, 60 rows"].better(0.05)
+    assert not study.tests["8 shuffled, 60 rows against 1 task, 60 rows"].better()
+
+
+def test_attributes_more_tasks_find_the_inputs():
+    study = recipe.attributes(seeds=12)
+    assert study.tests["16 tasks against 1 task"].better(0.001)
+    assert study.tests["16 tasks against 16 shuffled"].better(0.001)
+    assert not study.tests["16 shuffled against 1 task"].better()
+
+
+def test_eavesdrop_only_on_the_task_that_has_the_feature():
+    study = recipe.eavesdrop(seeds=10, steps=600)
+    assert study.tests["with T against alone"].better(0.01)
+    assert study.tests["with T against with T shuffled"].better(0.01)
+    assert not study.tests["with T shuffled against alone"].better()
+    assert not study.tests["with unrelated parity against alone"].better()
+
+
+def test_overfit_a_small_shared_net_beats_the_best_single_one():
+    study = recipe.overfit(seeds=12, sizes=(4, 16))
+    assert study.tests[next(name for name in study.tests if name.startswith("8 tasks, h=4 against"))].better(0.01)
+    assert study.tests["8 tasks, h=4, gap at the end against 1 task, h=4, gap at the end"].better(0.01)
+
+
+def test_bias1_together_both_take_the_shared_cue():
+    study = recipe.bias1(seeds=40, steps=800)
+    assert study.side_p("T together") < 1e-3
+    assert study.side_p("T' together") < 1e-3
+    assert study.tests["T together against T with T' shuffled"].better(0.01)
+    assert study.side_p("T alone") > 1e-3
+    assert study.scores["T together"].mean() > 0.7
+
+
+def test_bias2_is_drawn_to_what_the_other_builds_and_not_elsewhere():
+    study = recipe.bias2(seeds=40, steps=800)
+    assert study.scores["T alone"].mean() < 0.1
+    assert study.scores["T together"].mean() < 0.2
+    assert study.side_p("T' together") < 1e-3
+    assert study.scores["T' together"].mean() < 0.4
+    assert study.scores["T' together, C apart"].mean() > 0.4
+
+
+def test_what_a_run_prints_and_writes(capsys, tmp_path):
+    study = recipe.main(["attributes", "--seeds=3", "--out=figure.png"])
+    printed = capsys.readouterr().out
+    assert "attribute selection: 3 seeds" in printed
+    assert "Not shown: " in printed
+    (numbers,) = tmp_path.glob("logs/caruana_attributes/version_0/seeds.csv")
+    rows = list(csv.DictReader(numbers.open()))
+    assert [float(row["16 tasks"]) for row in rows] == pytest.approx(study.scores["16 tasks"].tolist())
+    assert (numbers.parent / "metrics.csv").is_file()
+    assert (tmp_path / "figure.png").read_bytes() == (numbers.parent / "figure.png").read_bytes()
+
+
+# The shared tools
+
+
+def test_statistics_by_hand():
+    from _lab import stats
+
+    gains = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = stats.paired(gains, torch.zeros(5), best="high")
+    # All five signs agree: two of the 2**5 equally likely patterns are as extreme.
+    assert (found.p, found.wins, found.seeds, found.gain) == pytest.approx((2 / 32, 5, 5, 3.0))
+    assert found.d_z == pytest.approx(3 / 2.5**0.5)
+    # Ranks 3 and 5 against 1, 2 and 4: sums 8 and 7 of 15 are the most even split there is.
+    assert stats.paired(torch.tensor([-1.0, -2.0, 3.0, -4.0, 5.0]), torch.zeros(5)).p == pytest.approx(1.0)
+    assert stats.paired(gains, torch.zeros(5), best="low").worse(0.1)
+    assert stats.paired(gains, gains).p == 1.0
+    assert stats.binomial(9, 1) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert stats.binomial(0, 0) == 1.0
+    scores = torch.tensor([[3.0, 2.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    assert stats.auroc(scores, torch.tensor([True, True, False, False])).tolist() == [0.875, 0.5]
+    assert stats.shares(torch.tensor([0.9, 0.1, 0.5, 1.0])) == (2, 1, 1)
+    assert stats.mean_sd(torch.tensor([1.0, 3.0])) == "2.000 ±1.414"
+
+
+def test_seeds_in_one_network_are_seeds_one_by_one():
+    from _lab.seeds import SeedMLP, fit
+
+    x, y = torch.randn(3, 20, 4), torch.randn(3, 20, 2)
+    together = SeedMLP(3, 4, 5, 2, random=torch.Generator().manual_seed(0))
+    alone = []
+    for seed in range(3):
+        net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+        with torch.no_grad():
+            for place in (0, 2):
+                net[place].weight.copy_(together[place].weight[seed].T)
+                net[place].bias.copy_(together[place].bias[seed, 0])
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        for _ in range(30):
+            optimizer.zero_grad()
+            (net(x[seed]) - y[seed]).square().mean().backward()
+            optimizer.step()
+        alone.append(net(x[seed]))
+    fit(together, lambda: (together(x) - y).square().mean((1, 2)), steps=30, lr=0.01)
+    torch.testing.assert_close(together(x), torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_each_seed_stops_at_its_own_best_step():
+    from _lab.seeds import SeedLinear, fit
+
+    net = SeedLinear(2, 1, 1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        net.weight.zero_()
+        net.bias.zero_()
+    x = torch.ones(2, 1, 1)
+    wanted = torch.tensor([0.5, 5.0])  # the training moves both towards 5: the first passes its best value
+    fitted = fit(
+        net,
+        lambda: (net(x)[:, 0, 0] - 5).square(),
+        steps=20,
+        lr=0.05,
+        validate=lambda: (net(x)[:, 0, 0] - wanted).square(),
+    )
+    assert fitted.step.tolist() == [5.0, 20.0]
+    assert (net(x)[:, 0, 0] - torch.tensor([0.5, 2.0])).abs().max() < 0.05
+    assert fitted.last["weight"][0] > fitted.best["weight"][0]
+
+
+def test_shuffled_moves_rows_and_loses_none():
+    from _lab.seeds import shuffled
+
+    rows = torch.arange(24.0).view(2, 6, 2)
+    moved = shuffled(rows, torch.Generator().manual_seed(0))
+    assert not torch.equal(moved, rows)
+    assert torch.equal(moved.sort(1).values, rows)
+    assert torch.equal(moved[..., 1] - moved[..., 0], torch.ones(2, 6))
+
+
+def test_cp_brings_what_the_recipe_shares(tmp_path, capsys):
+    copied = folder.copy(RECIPE, tmp_path / "mine")
+    assert (tmp_path / "mine" / "_lab" / "seeds.py") in copied
+    # Another recipe may come to the same place, a changed file is not overwritten.
+    (tmp_path / "mine" / "caruana.py").unlink()
+    folder.copy(RECIPE, tmp_path / "mine")
+    (tmp_path / "mine" / "caruana.py").unlink()
+    (tmp_path / "mine" / "_lab" / "seeds.py").write_text("mine")
+    with pytest.raises(folder.RecipeError, match=r"must not hold these files yet, got .*_lab/seeds\.py"):
+        folder.copy(RECIPE, tmp_path / "mine")
+    assert folder.copy(folder.find("multidigits"), tmp_path / "other")
+    assert not (tmp_path / "other" / "_lab").exists()
+    main(["ls"])
+    assert "_lab" not in capsys.readouterr().out
