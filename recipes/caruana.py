@@ -336,8 +336,8 @@ def eavesdrop(seeds: int = 24, seed: int = 0, steps: int = 1000, out: Path | Non
         study.compare(kind, "alone")
     study.compare("with T", "with T shuffled")
     study.not_shown = (
-        "that any easy task helps: one that needs other inputs, as easy as T, does not. Where T' is learned alone "
-        "(more rows, fewer inputs) there is nothing left to gain but speed."
+        "that any easy task helps: one that needs other inputs, as easy as T, does not. Nor what is left to gain where "
+        "T' can be learned alone, with more rows or fewer inputs: that was not tried here."
     )
     return finish(study, started, out)
 
