@@ -35,12 +35,6 @@ def nonnegative_qp(unit: Array, linear: Array) -> Array:
     Shapes: unit ``[T, T]``, diagonal 1 or 0, linear ``[B, T]`` -> ``[B, T]``.
     """
     found = _block_pivoting(unit, linear)
-    left = np.flatnonzero(~_optimal(unit, linear, found))
-    if len(left):
-        # Dependent rows: which of them push is found with the diagonal a little raised, how much they do without.
-        raised = _block_pivoting(unit + _RIDGE * np.eye(len(unit)), linear[left])
-        for index, guess in zip(left, raised, strict=True):
-            found[index] = _on_support(unit, linear[index], guess > 0)
     for index in np.flatnonzero(~_optimal(unit, linear, found)):
         row = linear[index : index + 1]
         single = _single_pivoting(unit, row[0])[None]
@@ -50,11 +44,15 @@ def nonnegative_qp(unit: Array, linear: Array) -> Array:
     return found
 
 
-def _on_support(unit: Array, linear: Array, support: Array) -> Array:
-    y = np.zeros(len(linear))
-    if support.any():
-        y[support] = np.linalg.lstsq(unit[support][:, support], -linear[support], rcond=_EPS * len(linear))[0]
-    return y
+def _solve(inside: Array, right: Array) -> Array:
+    """Rows that push are independent but for rounding; where that matters, least squares."""
+    try:
+        found = np.linalg.solve(inside, right)
+    except np.linalg.LinAlgError:
+        found = np.full(len(right), np.inf)
+    if not np.abs(inside @ found - right).max(initial=0.0) <= 1e-12:
+        found = np.linalg.lstsq(inside, right, rcond=_EPS * len(right))[0]
+    return np.asarray(found)
 
 
 def _tolerance(linear: Array, y: Array) -> Array:
@@ -78,7 +76,8 @@ def _block_pivoting(unit: Array, linear: Array) -> Array:
     left, patience = np.arange(batch), np.full(batch, 3)
     fewest = np.full(batch, size + 1)
     eye = np.eye(size, dtype=bool)
-    for _ in range(3 * size + 10):
+    # Where rows depend on each other it may not end; a dozen rounds are many.
+    for _ in range(30):
         chosen = free[left]
         system = np.where(chosen[:, :, None] & chosen[:, None, :], unit, eye)
         try:
@@ -115,7 +114,7 @@ def _single_pivoting(unit: Array, linear: Array) -> Array:
         free[worst] = True
         while True:
             aim = np.zeros(size)
-            aim[free] = np.linalg.lstsq(unit[free][:, free], -linear[free], rcond=_EPS * size)[0]
+            aim[free] = _solve(unit[free][:, free], -linear[free])
             falling = free & (aim <= 0)
             if not falling.any():
                 y = aim
