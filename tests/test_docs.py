@@ -14,7 +14,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").glob("essay/*.md")),
+]
 FENCE = re.compile(r"^(?P<tick>`{3,})(?P<language>\S*)[^\n]*\n(?P<code>.*?)^(?P=tick)`*$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\s*$")
 
