@@ -31,6 +31,7 @@ def test_none_helps_unrelated_tasks(risks):
     for name in ("unrelated", recipe.FORCED):
         alone = risks[name]["independent"]
         assert all(risk.mean() > 0.98 * alone.mean() for risk in risks[name].values())
+    assert all(risks[recipe.FORCED][method].mean() > 1.02 * alone.mean() for method in recipe.PROX)
 
 
 def test_a_constraint_of_strength_0_is_the_ridge():
@@ -68,4 +69,4 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert len(rows) == 3
     assert float(rows[2]["rank 2/trace"]) == pytest.approx(risks["rank 2"]["trace"][2].item())
     printed = capsys.readouterr().out
-    assert "unrelated, forced: risk against independent: mean" in printed
+    assert "unrelated, strong: risk against independent: mean" in printed
