@@ -48,11 +48,11 @@ def _solve(inside: Array, right: Array) -> Array:
     """Rows that push are independent but for rounding; where that matters, least squares."""
     try:
         found = np.linalg.solve(inside, right)
+        if np.isfinite(found).all() and np.abs(inside @ found - right).max(initial=0.0) <= 1e-12:
+            return np.asarray(found)
     except np.linalg.LinAlgError:
-        found = np.full(len(right), np.inf)
-    if not np.abs(inside @ found - right).max(initial=0.0) <= 1e-12:
-        found = np.linalg.lstsq(inside, right, rcond=_EPS * len(right))[0]
-    return np.asarray(found)
+        pass
+    return np.asarray(np.linalg.lstsq(inside, right, rcond=_EPS * len(right))[0])
 
 
 def _tolerance(linear: Array, y: Array) -> Array:
