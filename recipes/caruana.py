@@ -6,8 +6,8 @@ Run:      lightning-mtl run caruana                              all six, one af
 Override: --seeds 60                                             more networks
           --seed 1                                               other data and other networks
           --out docs/images/caruana_amplify.png                  the figure there too (for `all`: a folder)
-Expect:   each about half a minute on a free core. Tables with mean and spread over seeds, tests between arms, a figure, and in
-          one line what was not shown.
+Expect:   each about half a minute on a free core. Tables with mean and spread over seeds, tests between arms, a
+          figure, and in a few words what was not shown.
 Source:   R. Caruana, Multitask learning, Machine Learning 28, 1997. The tasks here are made anew, and small.
 
 All seeds of an arm are one network with a further dimension (`_lab.seeds`), so thirty cost little more than one.
