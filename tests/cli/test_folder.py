@@ -70,10 +70,10 @@ def test_cp_onto_itself_with_force_keeps_the_file(tmp_path):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["run", "multidigit"], "'multidigits', 'toy2d', or the path of a .py file, got 'multidigit'"),
+        (["run", "multidigit"], "or the path of a .py file, got 'multidigit'"),
         (["run", "nowhere.py"], "got 'nowhere.py'"),
-        (["cp", "nothing", "here"], "`recipe` must be one of 'gradnorm_toy', 'multidigits'"),
-        (["compare", "nothing"], "`recipe` must be one of 'gradnorm_toy', 'multidigits'"),
+        (["cp", "nothing", "here"], "`recipe` must be one of 'caruana', "),
+        (["compare", "nothing"], "`recipe` must be one of 'caruana', "),
         (["compare", "multidigits", "--sedes", "1"], "unrecognized arguments: --sedes"),
         (["compare", "multidigits", "--seeds", "one"], "argument --seeds: invalid"),
         (["ls", "everything"], "unrecognized arguments: everything"),

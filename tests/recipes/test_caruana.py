@@ -69,7 +69,7 @@ def test_what_a_run_prints_and_writes(capsys, tmp_path):
     assert "attribute selection: 3 seeds" in printed
     assert "Not shown: " in printed
     (numbers,) = tmp_path.glob("logs/caruana_attributes/version_0/seeds.csv")
-    rows = list(csv.DictReader(numbers.open()))
+    rows = list(csv.DictReader(numbers.read_text().splitlines()))
     assert [float(row["16 tasks"]) for row in rows] == pytest.approx(study.scores["16 tasks"].tolist())
     assert (numbers.parent / "metrics.csv").is_file()
     assert (tmp_path / "figure.png").read_bytes() == (numbers.parent / "figure.png").read_bytes()
