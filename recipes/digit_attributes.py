@@ -8,7 +8,7 @@ Override: --seeds 10     --steps 100     --out docs/images/digit_attributes.png 
           fit --model.balancer pcgrad    fit --data.observed 0.5     fit --trainer.devices 2      (the Trainer)
 Expect:   a minute on one core. Rows with all six answers right, 30 seeds, mean ± sd, with all labels of 300 rows:
           one net of 32 units 79.6 ± 3.1 %     six nets of 5 units 71.4 ± 3.1 %     six nets of 32 units 77.9 ± 3.2 %;
-          with a tenth of the labels of 600: 50.6 ± 6.8 %, 45.2 ± 6.5 %, 49.4 ± 6.6 %; missing taken for no: 2.0 ± 2.6 %
+          with a tenth of the labels of 600: 50.6 ± 6.8 %, 45.2 ± 6.5 %, 49.4 ± 6.6 %; missing taken for no: 0.2 ± 0.3 %
 Data:     scikit-learn's digits (1797 images of 8x8, part of scikit-learn). Writers are not recorded, so the rows of
           training and test share them.
 
@@ -83,8 +83,12 @@ def draw(
 
 
 def zero_filled(data: Mapping[str, Split]) -> dict[str, Split]:
-    """The mistake: what is not known is taken for a no."""
-    return {name: Split(part.input, part.digit, part.labels.nan_to_num(0.0)) for name, part in data.items()}
+    """The mistake: what is not known is taken for a no.
+
+    Without validation rows, so that the last step counts: true labels would keep the untrained net.
+    """
+    train = data["train"]
+    return {"train": Split(train.input, train.digit, train.labels.nan_to_num(0.0)), "test": data["test"]}
 
 
 # The comparison
@@ -104,7 +108,7 @@ def learn(
     steps: int,
     losses: Callable[[Tensor, Tensor], Tensor] = label_losses,
 ) -> Tensor:
-    """Train one net per seed, or one per seed and label; each is read at its best step on validation.
+    """Train one net per seed, or one per seed and label; each is read at its best step on validation, if there is any.
 
     Returns: the test rows' logits, ``[S, N, K]``.
     """
@@ -115,8 +119,9 @@ def learn(
             return part.input, part.labels
         return part.input.repeat_interleave(labels, 0), part.labels.movedim(2, 1).flatten(0, 1).unsqueeze(2)
 
-    (x, y), (x_val, y_val), (x_test, _) = (seen(data[name]) for name in ("train", "val", "test"))
-    x, y = labelled_first(x, y)
+    x, y = labelled_first(*seen(data["train"]))
+    x_val, y_val = seen(data.get("val", data["test"]))
+    x_test, _ = seen(data["test"])
     net = SeedMLP(len(x), PIXELS, width, y.shape[2], random=torch.Generator().manual_seed(0), activation=nn.ReLU)
 
     def loss() -> Tensor:
@@ -125,7 +130,7 @@ def learn(
     def validate() -> Tensor:
         return losses(net(x_val), y_val).sum(1)
 
-    fit(net, loss, steps, lr=0.01, validate=validate, every=20)
+    fit(net, loss, steps, lr=0.01, validate=validate if "val" in data else None, every=20)
     with torch.no_grad():
         logits = net(x_test)
     return logits if not separate else logits.view(seeds, labels, -1).transpose(1, 2)

@@ -156,7 +156,7 @@ def transfer(
     """
     started = time.perf_counter()
     torch.set_num_threads(1)
-    found = {target: study(target, seeds, steps) for target in targets}
+    found: dict[str, dict[int, dict[str, Tensor]]] = {target: study(target, seeds, steps) for target in targets}
     rows, means = [], {}
     for target, sizes in found.items():
         for size, arms in sizes.items():
