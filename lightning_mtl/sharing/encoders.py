@@ -105,17 +105,20 @@ def matching(
 
 
 def _listed_modules(encoders: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
-    kinds = nn.ModuleDict | nn.ModuleList | list | tuple
-    modules = list(encoders.values()) if isinstance(encoders, nn.ModuleDict) else encoders
-    if not isinstance(encoders, kinds) or not modules:
+    modules: list[nn.Module] | None = None
+    if isinstance(encoders, nn.ModuleDict):
+        modules = list(encoders.values())
+    elif isinstance(encoders, nn.ModuleList | list | tuple):
+        modules = list(encoders)
+    if not modules:
         raise bad_argument(
             "matching",
             "encoders",
             "be an Encoders, a ModuleDict or a list of modules",
-            "none" if isinstance(encoders, kinds) else type(encoders).__name__,
+            type(encoders).__name__ if modules is None else "none",
             "Make one encoder per task",
         )
-    return list(modules)
+    return modules
 
 
 def penalty_of(
