@@ -55,7 +55,7 @@ def test_bias1_together_both_take_the_shared_cue():
 
 
 def test_bias2_is_drawn_to_what_the_other_builds_and_not_elsewhere():
-    study = recipe.bias2(seeds=30, steps=600)
+    study = recipe.bias2(seeds=40, steps=800)
     assert study.scores["T alone"].mean() < 0.1
     assert study.scores["T together"].mean() < 0.2
     assert study.side_p("T' together") < 1e-3
