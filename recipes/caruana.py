@@ -1,8 +1,8 @@
 """Why tasks help each other: the mechanisms of Caruana (1997), each against its control, over many seeds.
 
-Run:      lightning-mtl run caruana                              all six, one after the other
-          lightning-mtl run caruana amplify                      one of overfit, amplify, attributes, eavesdrop, bias1,
-                                                                 bias2
+Run:      lightning-mtl run caruana
+          (all six, one after the other; for one of them its name: overfit, amplify, attributes, eavesdrop, bias1,
+          bias2, as in lightning-mtl run caruana amplify)
 Override: --seeds 60                                             more networks
           --seed 1                                               other data and other networks
           --out docs/images/caruana_amplify.png                  the figure there too (for `all`: a folder)

@@ -164,10 +164,11 @@ def _class_in(key: str) -> type[Balancer]:
 
 def _unknown(name: object) -> Exception:
     near = get_close_matches(str(name).lower(), available(), n=1)
+    hint = f"; perhaps {near[0]!r} was meant" if near else ""
     return bad_argument(
         "balancer",
         "balancer",
         f"be one of {listed(available())}, the name of one of their classes, or the path of a Balancer class",
         repr(name),
-        f"Correct the name; perhaps {near[0]!r} was meant" if near else "Correct the name",
+        f"Correct the name{hint}",
     )

@@ -44,11 +44,11 @@ def test_heads_follow_the_logarithm_of_their_loss():
     torch.testing.assert_close(balancer.private_weights(losses(3), present), leaf.grad * present)
 
 
-@pytest.mark.parametrize("loss", [0.0, -1.0])
+@pytest.mark.parametrize("loss", [-1e-3, -1.0])
 def test_a_loss_that_has_no_logarithm_is_refused_and_moves_nothing(loss):
     balancer = DBMTLAverage(2)
     before = {name: value.clone() for name, value in balancer.state_dict().items()}
-    with pytest.raises(ValueError, match=r"^DBMTLAverage: `losses` must be > 0, because .*, got .*\. .*\.$"):
+    with pytest.raises(ValueError, match=r"^DBMTLAverage: `losses` must be >= 0, because .*, got .*\. .*\.$"):
         balancer.combine(rows(2), torch.tensor([1.0, loss]))
     assert all(
         torch.equal(value.nan_to_num(-7), before[n].nan_to_num(-7)) for n, value in balancer.state_dict().items()

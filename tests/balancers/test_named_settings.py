@@ -26,7 +26,7 @@ NAMED = [
 @pytest.mark.parametrize("key, options", NAMED, ids=[key for key, _ in NAMED])
 def test_names_without_bind_are_refused(key, options):
     (argument,) = options
-    with pytest.raises(ValueError, match=rf"`{argument}` must hold numbers in task order .* Call bind"):
+    with pytest.raises(ValueError, match=rf"`{argument}` must be numbers in task order .* Call bind"):
         load(key, 2, **options).combine(torch.eye(2), torch.ones(2))
 
 

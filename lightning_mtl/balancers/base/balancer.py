@@ -103,7 +103,7 @@ class Balancer(nn.Module):
             raise bad_argument(
                 self,
                 min(named),
-                "hold numbers in task order where the task names are not known",
+                "be numbers in task order where the task names are not known",
                 "names",
                 "Call bind(names) first, or pass numbers",
             )
