@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jsonargparse import auto_cli
@@ -40,7 +40,7 @@ NEAR = 0.2  # closer to the front than this is on it
 FLOOR = 5e-6  # where the logarithms are cut off
 BOUND = -21.0  # below both losses, for methods that compare their ratios
 Method = Literal["sum", "pcgrad", "upgrad", "cagrad", "mgda", "imtl_g", "aligned", "nash", "famo", "gradnorm"]
-METHODS: tuple[Method, ...] = Method.__args__  # type: ignore[attr-defined]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 # The landscape

@@ -60,7 +60,7 @@ class Balancer(nn.Module):
             )
         self.names = tuple(names)
         for name in self._settings:
-            self._buffers[name].copy_(self._setting_values(name))  # type: ignore[union-attr]
+            self.get_buffer(name).copy_(self._setting_values(name))
 
     def _setting(
         self, name: str, given: object, default: float, low: float = -math.inf, high: float = math.inf
