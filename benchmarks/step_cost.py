@@ -4,6 +4,7 @@ Run:   python benchmarks/step_cost.py                       (CPU, one thread, ab
        python benchmarks/step_cost.py --device cuda --precision bf16 --nets resnet50
 Shows: "x sum"    time of a step under the Lightning Trainer, over the same step of a hand-written module that
                   sums the losses (medians; the arms take turns, so that a busy machine slows all of them).
+                  "missing": by MultiLabelTask, which also takes missing labels and checks every target's values.
        "x limit"  time of forward and backward without a Trainer, over one encoder forward and T encoder backwards,
                   below which no method that needs every task's gradient at the parameters can go.
 On the CPU it is the process's CPU time that counts, on CUDA the wall time between synchronisations.
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mtl import MultiTaskModule
-from lightning_mtl.tasks import MultiLabelTask
+from lightning_mtl.tasks import MultiLabelTask, Task
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "fixed": {"balancer": "fixed"},
+    "fixed, missing": {"balancer": "fixed", "missing": True},
     "uncertainty": {"balancer": "uncertainty"},
     "gradnorm": {"balancer": "gradnorm"},
     "pcgrad, features": {"balancer": "pcgrad", "level": "features"},
@@ -170,9 +172,13 @@ def build(net: str, num_tasks: int, device: str) -> tuple[nn.Module, dict[str, n
     return make(), heads, (torch.randn(size, device=device), targets)
 
 
-def module(net: str, num_tasks: int, device: str, **options: Any) -> MultiTaskModule:
+def module(net: str, num_tasks: int, device: str, missing: bool = False, **options: Any) -> MultiTaskModule:
+    """The same step by the library; with ``missing``, by tasks whose labels may be missing and are checked."""
     encoder, heads, _ = build(net, num_tasks, device)
-    tasks = {name: MultiLabelTask(head, 1, metrics={}) for name, head in heads.items()}
+    tasks = {
+        name: MultiLabelTask(head, 1, metrics={}) if missing else Task(head, F.binary_cross_entropy_with_logits)
+        for name, head in heads.items()
+    }
     return MultiTaskModule(encoder, tasks, optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3), **options)
 
 

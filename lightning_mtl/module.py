@@ -245,7 +245,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 )
             results[name] = TaskResult(loss, means, counts, output, target, mask, roots, leaves)
         if cut:
-            self._check_only_features(results)
+            # Here by name; another step may take another way, so every backward looks again.
+            self._remembered("only features", lambda: self._check_only_features(results))
         return results
 
     def _check_only_features(self, results: dict[str, TaskResult]) -> None:

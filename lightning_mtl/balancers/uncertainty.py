@@ -71,8 +71,10 @@ class Uncertainty(LossBalancer):
                 "a mapping",
                 "Call bind(names) first, or pass the forms in task order",
             )
-        log_variance = self.log_variance[tasks].to(losses.dtype)
-        precision = self.scale[tasks].to(losses.dtype) * torch.exp(-log_variance)
+        log_variance, scale = self.log_variance.to(losses.dtype), self.scale.to(losses.dtype)
+        if tasks is not ALL:
+            log_variance, scale = log_variance[tasks], scale[tasks]
+        precision = scale * torch.exp(-log_variance)
         return (precision * losses + 0.5 * log_variance).sum()
 
     def _resolve(self) -> Tensor:

@@ -154,9 +154,9 @@ class BalancedBackward:
 
     def _shown_gram(self, gram: Tensor | None) -> Tensor | None:
         """The gram of the tasks' whole rows, ``[T, T]``."""
-        if gram is None:
-            return None
         num = len(self.names)
+        if gram is None or gram.shape == (num, num):
+            return gram
         return gram.view(-1, gram.shape[-1] // num, num, gram.shape[-1] // num, num).sum((0, 1, 3))
 
     def _per_loss(self, weights: Tensor) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_mtl.checks import bad_argument, shape
 from lightning_mtl.engine.gather import RowExchange
 from lightning_mtl.types import Root, Step
 
@@ -41,15 +42,19 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
         apart: whether private gradients are needed per task.
 
     Only nodes between the losses and the roots run, so the encoder's graph survives.
+    Raises: ``ValueError`` if heads that read leaves reach what lies behind the roots by another way: that gradient
+    would be lost.
     """
     roots = step.leaves if step.leaves is not None else step.roots
     assert roots is not None
     seeds = [scale.to(loss) for loss in step.losses]
     width = [len(root) for root in roots]
     own_leaves = step.leaves is not None and len({id(leaves) for leaves in step.leaves}) == len(step.leaves)
+    own = {id(parameter) for parameter in step.private}
+    behind = [] if step.leaves is None else [parameter for parameter in step.shared if id(parameter) not in own]
     if own_leaves and not apart and not step.shared_heads:
-        inputs = [leaf for leaves in roots for leaf in leaves] + step.private
-        grads = grad_of(step.losses, inputs, seeds, keep=False)
+        inputs = [*(leaf for leaves in roots for leaf in leaves), *step.private]
+        grads = _only_through_leaves(step.losses, inputs, behind, seeds, keep=False)
         ends = [sum(width[:task]) for task in range(len(width) + 1)]
         return HeadGrads(
             [grads[begin:end] for begin, end in pairwise(ends)],
@@ -60,7 +65,7 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
     num = len(step.losses)
     for task, (loss, seed) in enumerate(zip(step.losses, seeds, strict=True)):
         inputs = [*roots[task], *step.shared_heads, *step.private]
-        grads = grad_of([loss], inputs, [seed], keep=task < num - 1)
+        grads = _only_through_leaves([loss], inputs, behind, [seed], keep=task < num - 1)
         middle = width[task] + len(step.shared_heads)
         result.roots.append(grads[: width[task]])
         result.shared_heads.append(grads[width[task] : middle])
@@ -68,6 +73,23 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
     if not apart:
         result.private = [add_up(result.private)]
     return result
+
+
+def _only_through_leaves(
+    losses: Sequence[Tensor], inputs: Sequence[Root], behind: Sequence[Tensor], seeds: Sequence[Tensor], *, keep: bool
+) -> Grads:
+    # Asked for along with the rest, which costs nothing where the losses do not reach it.
+    grads = grad_of(losses, [*inputs, *behind], seeds, keep=keep)
+    beside = [parameter for parameter, grad in zip(behind, grads[len(inputs) :], strict=True) if grad is not None]
+    if beside:
+        raise bad_argument(
+            "lightning_mtl",
+            "encoder",
+            "return everything that heads and losses read of it",
+            f"losses that reach {len(beside)} of its parameters beside the features, one of shape {shape(beside[0])}",
+            "Return these tensors as features too, or use Balanced without features=",
+        )
+    return grads[: len(inputs)]
 
 
 def rows_from_roots(step: Step, heads: HeadGrads, *, whole: bool = False) -> RowExchange:
@@ -125,15 +147,14 @@ def add_up(per_task: Sequence[Grads], weights: Sequence[float] | None = None) ->
     """Sum, or weighted sum, over tasks of gradients that may be missing."""
     total: Grads = []
     for column in zip(*per_task, strict=True):
+        there = [(grad, task) for task, grad in enumerate(column) if grad is not None]
+        if weights is None:
+            total.append(reduce(torch.add, [grad for grad, _ in there]) if there else None)
+            continue
         found: Tensor | None = None
-        for task, grad in enumerate(column):
-            if grad is None:
-                continue
-            weight = 1.0 if weights is None else weights[task]
-            if found is None:
-                found = grad if weights is None else grad * weight
-            else:
-                found = torch.add(found, grad, alpha=weight)
+        for grad, task in there:
+            # The first product is ours, so the others are added in place.
+            found = grad * weights[task] if found is None else found.add_(grad, alpha=weights[task])
         total.append(found)
     return total
 

@@ -111,7 +111,7 @@ def _plain_sum(step: Step, balancer: GramBalancer | RowBalancer, num_tasks: int)
 
 def _objective(step: Step, balancer: LossBalancer, names: tuple[str, ...], report: Report | None) -> Tensor:
     losses = stacked(step.losses)
-    if not balancer.linear_in_losses:
+    if not balancer.linear_in_losses and world_size() > 1:
         # Weights are taken at the global losses, the gradients stay this rank's own.
         losses = losses + (mean_over_ranks(losses.detach()) - losses).detach()
     objective = balancer(losses, step.present)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,10 +51,16 @@ def _in_float32(rows: Tensor) -> Tensor:
 
 def _independent(gram: Tensor) -> bool:
     """Whether an error of 1e-7 in a cosine is small against what tells the rows apart."""
-    norms = gram.diagonal().clamp(min=0).sqrt()
+    # In numpy: on the CPU, with a handful of numbers, calling torch would take most of the time.
+    inner = gram.numpy()
+    if not np.isfinite(inner).all():
+        return False
+    norms = np.sqrt(inner.diagonal().clip(min=0))
     there = norms > 0
-    unit = (gram / norms / norms[:, None])[there][:, there]
-    return bool(torch.isfinite(unit).all()) and (len(unit) == 0 or float(torch.linalg.eigvalsh(unit)[0]) > _CLEAR)
+    if not there.all():
+        inner, norms = inner[np.ix_(there, there)], norms[there]
+    unit = inner / norms / norms[:, None]
+    return len(unit) == 0 or float(np.linalg.eigvalsh(unit)[0]) > _CLEAR
 
 
 def gram_of_parts(parts: Sequence[Sequence[Tensor]]) -> Tensor:

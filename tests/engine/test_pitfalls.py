@@ -52,6 +52,33 @@ def test_a_head_that_reads_the_encoder_beside_the_features_is_refused():
         model.training_step((features().repeat(1, 2), {"a": torch.ones(8), "b": torch.ones(8)}), 0)
 
 
+def test_a_later_step_that_reads_the_encoder_beside_the_features_is_refused():
+    """Within a fit who reaches what is looked up once per epoch; each backward still notices another way."""
+    encoder = nn.Sequential(nn.Linear(8, 6), nn.Tanh())
+
+    class SkipsLater(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.later = nn.Linear(6, 1), False
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.linear(z) + (encoder[0].weight.sum() if self.later else 0)
+
+    for level, apart in (("parameters", False), ("features", False), ("features", True)):
+        head = SkipsLater()
+        tasks = {"a": RegressionTask(head), "b": RegressionTask(nn.Linear(6, 1))}
+        model = MultiTaskModule(encoder, tasks, "pcgrad", level=level, weight_heads=apart)
+        model._trainer = L.Trainer(logger=False, accelerator="cpu")
+        batch = (features().repeat(1, 2), {"a": torch.ones(8), "b": torch.ones(8)})
+        model.training_step(batch, 0).backward()
+        head.later = True
+        before = grad(encoder.parameters())
+        loss = model.training_step(batch, 1)
+        with pytest.raises(ValueError, match=r"1 of its parameters beside the features, one of shape \[6, 8\]"):
+            loss.backward()
+        assert torch.equal(grad(encoder.parameters()), before)
+
+
 def test_encoders_used_in_turn_are_each_found():
     model = Two()
     model._trainer = L.Trainer(logger=False, accelerator="cpu")  # as in a fit, where what is found may be kept

@@ -108,7 +108,6 @@ class GramBalancer(Balancer):
         check_losses(losses, self.num_tasks, self)
         self._check_bound()
         gram, losses = (x.detach().to(self.step.device, torch.float64) for x in (gram, losses))
-        weights = losses.new_zeros((*gram.shape[:-2], self.num_tasks))
         tasks = ALL
         if present is not None:
             check_present(present, self.num_tasks, self)
@@ -116,23 +115,22 @@ class GramBalancer(Balancer):
                 tasks = present.to(losses.device).nonzero().squeeze(1)
                 rows = torch.cat([tasks, tasks + self.num_tasks]) if self.halves else tasks
                 gram, losses = gram[..., rows, :][..., rows], losses[tasks]
+        shape = (*gram.shape[:-2], self.num_tasks)
         if len(losses) == 0:
-            return weights
-        # One number instead of a mask: a sum is finite only if all its terms are.
-        if not math.isfinite(gram.sum().item() + losses.sum().item()):
-            return weights.fill_(float("nan"))
-        if self.last_weights.shape != weights.shape:
-            self.last_weights = weights.new_ones(weights.shape)
+            return losses.new_zeros(shape)
+        # One number instead of a mask: a sum is finite only if all its terms are. In numpy, which is faster at it.
+        if not math.isfinite(gram.numpy().sum() + losses.numpy().sum()):
+            return losses.new_full(shape, float("nan"))
+        if self.last_weights.shape != shape:
+            self.last_weights = losses.new_ones(shape)
         solved = self.weights(gram, losses, tasks)
         if tasks is ALL:
-            weights.copy_(solved)
             self.last_weights.copy_(solved)
         else:
             # A task that was not there has no weight to be used again: it waits for the next solve.
-            weights[..., tasks] = solved
-            self.last_weights.copy_(weights)
-        self.step += 1
-        return weights
+            self.last_weights.zero_()[..., tasks] = solved
+        self.step.add_(1)  # an assignment would go through the module's own, slower way
+        return self.last_weights.clone()
 
     @torch.no_grad()
     def reuse(self, present: Tensor | None = None) -> Tensor:
