@@ -3,7 +3,8 @@
 Run:   python benchmarks/solvers.py                  (CPU, one thread, about a minute)
 Shows: median time from a gram of T tasks to weights; the same for torchjd 0.18 where it has the method and needs no
        solver library; the worst residual of both (see tests/balancers/guarantees.py), for gradients of equal lengths
-       and for lengths that differ by 1e4. The arms take turns; it is the thread's CPU time that counts.
+       and for lengths that differ by 1e4. Each gram is solved 20 times in a row, and it is the thread's CPU time that
+       counts; within a training step, which leaves little of the solver in the caches, it may take twice as long.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def times(key: str, num_tasks: int, rounds: int) -> tuple[float, float | None]:
     return statistics.median(ours), statistics.median(theirs) if theirs else None
 
 
-def timed(solve: Callable[[], Tensor], repeats: int = 4) -> list[float]:
+def timed(solve: Callable[[], Tensor], repeats: int = 20) -> list[float]:
     solve()
     found = []
     for _ in range(repeats):

@@ -43,6 +43,8 @@ class MGDA(GramBalancer):
         self.normalization = normalization
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
+        if self.normalization == "none":
+            return torch.from_numpy(min_norm(gram.numpy()))
         divisor = torch.ones_like(losses)
         if self.normalization in ("l2", "loss+"):
             divisor = divisor * gram.diagonal().clamp(min=0).sqrt()

@@ -12,7 +12,7 @@ _ROUNDS = 200
 _PATIENCE, _ENDLESS = 40, 1e9
 #: How far a power may be from 1, or from the one before, as a logarithm.
 _FAR = 0.8
-#: A Newton step that changes no weight by more than this share is taken whole, if it brings the equation nearer.
+#: A Newton step that changes no weight by more than this share is tried whole.
 _NEAR = 0.3
 #: Relative residual at which the equation counts as solved.
 _SOLVED = 1e-5
@@ -60,56 +60,62 @@ def _weights(unit: Array, norms: Array, power: float) -> Array:
 
 
 def _newton(system: Array, r: Array, power: float) -> tuple[Array, float]:
-    """Minimise ``z S z / 2 - sum r phi(z)``, ``phi' = z^-p``, and say how far ``(S z) z^p / r`` is from 1."""
     # Solved in a variable in which the system has a unit diagonal.
-    root = np.sqrt(system.diagonal())
+    squares = system.diagonal()
+    root = np.sqrt(squares)
     unit = system / np.outer(root, root)
-    z = np.ones(len(r))
-    best, error, idle = z, np.inf, 0
+    # From the best point with equal entries.
+    ratio = float((system.sum(1) / r).mean())
+    z = np.full(len(r), min(1 / ratio, 10.0) ** (1 / (1 + power)) if ratio > 0 else 1.0)
+    seen, pull, now = _look(system, r, z, power)
+    best, error, idle = z, now, 0
     for _ in range(_ROUNDS):
-        pull, seen = z**-power, system @ z
-        residual = seen - r * pull
-        now = float(np.abs(seen / (r * pull) - 1).max())
-        idle = 0 if now < error else idle + 1
-        if now < error:
-            best, error = z, now
         # Towards a combination that cancels the weights grow for ever.
         if idle > _PATIENCE or z.max() > _ENDLESS:
             break
         # At the solution Newton's steps are rounding, and go on for ever.
         if error <= _PRECISE or (error <= _SOLVED and idle > 2) or (error <= _NEARLY and idle > 0):
             break
+        matrix = unit.copy()
+        matrix.flat[:: len(r) + 1] += power * pull / z / squares
         try:
-            move = -np.linalg.solve(unit + np.diag(power * r * pull / z / root**2), residual / root) / root
+            move = np.linalg.solve(matrix, (pull - seen) / root) / root
         except np.linalg.LinAlgError:
             break
-        if not np.isfinite(move).all():
+        # Near the solution the whole step, if it brings the equation nearer.
+        tried = z + move
+        found = _look(system, r, tried, power) if np.abs(move / z).max() <= _NEAR else None
+        if found is None or not found[2] < now:
+            tried = z + _step(system, r, z, move, float((seen - pull) @ move), power) * move
+            found = _look(system, r, tried, power)
+        z, (seen, pull, now) = tried, found
+        if np.isnan(now):
             break
-        z = z + _step(system, r, z, move, float(residual @ move), power, now) * move
+        idle = 0 if now < error else idle + 1
+        if now < error:
+            best, error = z, now
     return best, error
 
 
-def _step(system: Array, r: Array, z: Array, move: Array, slope: float, power: float, now: float) -> float:
-    """How far to go: at most nine tenths of the way to 0, which the barrier forbids, and downhill."""
-    share = move / z
-    falling = float(share.min())
-    if max(-falling, float(share.max())) <= _NEAR and _error(system, r, z + move, power) < now:
-        return 1.0
+def _look(system: Array, r: Array, z: Array, power: float) -> tuple[Array, Array, float]:
+    """Both sides of the equation at a point, and how far they are apart, relatively."""
+    seen, pull = system @ z, r / z if power == 1 else r * z**-power
+    return seen, pull, float(np.abs(seen / pull - 1).max())
+
+
+def _step(system: Array, r: Array, z: Array, move: Array, slope: float, power: float) -> float:
+    falling = float((move / z).min())
     step = min(1.0, 0.9 / -falling) if falling < 0 else 1.0
     value = _objective(system, r, z, power)
     if -slope <= 1e-12 * (abs(value) + float(z @ np.abs(system) @ z)):
         # The objective, in which large tasks drown the small, cannot tell any more: the equations themselves can.
         tried = [step * 0.5**halving for halving in range(8)]
-        return min(tried, key=lambda part: _error(system, r, z + part * move, power))
+        return min(tried, key=lambda part: _look(system, r, z + part * move, power)[2])
     for _ in range(40):
         if _objective(system, r, z + step * move, power) <= value + 1e-4 * step * slope:
             break
         step *= 0.5
     return step
-
-
-def _error(system: Array, r: Array, z: Array, power: float) -> float:
-    return float(np.abs((system @ z) / r * z**power - 1).max())
 
 
 def _objective(system: Array, r: Array, z: Array, power: float) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl.linalg.dual_cone import nonnegative_guess
 from lightning_mtl.linalg.unit import unit_gram
 
 Array = np.ndarray
@@ -47,7 +48,10 @@ def min_norm(gram: Array) -> Array:
     unit, norms = unit_gram(gram)
     if not norms.all():
         return _spread_over(norms == 0)
-    return simplex_qp(unit, norms, np.zeros(len(gram)))
+    # Up to its sum, the point is the minimiser of |y @ rows|^2 / 2 - sum(y) over y >= 0 (if that has any), whose
+    # support is found in a few rounds. It is a place to start from; what is exact comes after.
+    guess = nonnegative_guess(unit, -(norms.min() / norms)[None])[0]
+    return simplex_qp(unit, norms, np.zeros(len(gram)), guess if guess.any() else None)
 
 
 def simplex_qp(unit: Array, norms: Array, linear: Array, start: Array | None = None, *, refine: bool = True) -> Array:
