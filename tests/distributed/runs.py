@@ -349,6 +349,24 @@ def fit(run: Run, ckpt_path: str | None = None) -> dict[str, Any]:
     return {"network": network_of(model), "balancer": state_of(getattr(model, "balancer", nn.Module()))}
 
 
+def recipe(run: Run) -> dict[str, Any]:
+    """A recipe's own model on its own data."""
+    from lightning_mtl.cli.compare import load
+    from lightning_mtl.cli.folder import find
+
+    space, rows = load(find(run.model).path), run.steps * BATCH
+    if run.model == "multidigits":
+        data, collate, make = space.DigitPairs(train_pairs=rows), space.as_it_is, space.MultiDigits
+    else:
+        data, collate, make = space.DigitRows(rows=rows, observed=0.3), space.as_batch, space.DigitAttributes
+    data.setup("fit")
+    torch.manual_seed(0)
+    model = make(run.balancer, level=run.level)
+    train = data.datasets["train"]
+    trainer_of(run).fit(model, DataLoader(train, batch_sampler=Shares(len(train)), collate_fn=collate))
+    return {"network": network(model), "balancer": state_of(model.balancer)}
+
+
 def logs(run: Run) -> dict[str, float]:
     """What was logged in training (the last step's) and in validation."""
     model = MODELS[run.model](run)
@@ -475,6 +493,7 @@ def loop(run: Run) -> dict[str, Any]:
 
 DO: dict[str, Callable[[Run], Any]] = {
     "fit": fit,
+    "recipe": recipe,
     "logs": logs,
     "checkpoint": checkpoint,
     "half": half,
