@@ -59,15 +59,15 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.recipes: $(VENV)/.torch pyproject.toml
 	@echo "[3/3] lightning-mtl and what its recipes need"
-	@$(PIP) -c constraints.txt -e '.[recipes]'
+	@$(PIP) -c constraints.txt -e '.[recipes,gp]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.recipes
 	@echo "[+] what the tests, the linters and the documentation need"
-	@$(PIP) -c constraints.txt -e '.[recipes,docs,dev]'
+	@$(PIP) -c constraints.txt -e '.[recipes,gp,docs,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.recipes
 	@echo "[+] what the benchmarks compare with"
-	@$(PIP) -c constraints.txt -e '.[recipes,bench]'
+	@$(PIP) -c constraints.txt -e '.[recipes,gp,bench]'
 	@touch $@

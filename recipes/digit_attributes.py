@@ -9,6 +9,7 @@ Override: --seeds 10     --steps 100     --out docs/images/digit_attributes.png 
 Expect:   a minute on one core. Rows with all six answers right, 30 seeds, mean ± sd, with all labels of 300 rows:
           one net of 32 units 79.6 ± 3.1 %     six nets of 5 units 71.4 ± 3.1 %     six nets of 32 units 77.9 ± 3.2 %;
           with a tenth of the labels of 600: 50.6 ± 6.8 %, 45.2 ± 6.5 %, 49.4 ± 6.6 %; missing taken for no: 0.2 ± 0.3 %
+          Labels that correct each other (CorNet): 78.6 ± 4.3 % and 51.0 ± 6.6 %, no gain over a net of as many weights
 Data:     scikit-learn's digits (1797 images of 8x8, part of scikit-learn). Writers are not recorded, so the rows of
           training and test share them.
 
@@ -40,6 +41,7 @@ from lightning_mtl.cli.recipe_cli import RecipeCLI
 from lightning_mtl.tasks import MultiLabelTask
 
 PIXELS, WIDTH, VAL, TEST = 64, 32, 200, 600
+BLOCK, WIDER = 16, 35  # units of a CorNet block; 35 hidden units instead make as many weights, but for one
 SETTINGS = {"300 rows, every label": (300, 1.0), "600 rows, one label in ten": (600, 0.1)}
 
 Scores = dict[str, dict[str, Tensor]]  # arm -> score -> a value per seed [S]
@@ -101,14 +103,32 @@ def digit_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return (losses.sum(1) / there.sum(1).clamp(min=1)).unsqueeze(1)
 
 
+class SeedCorNet(nn.Module):
+    """S networks with a block of ``lightning_mtl.tasks.CorNet`` on their logits: ``[S, N, 64] -> [S, N, K]``."""
+
+    def __init__(self, net: SeedMLP, seeds: int, labels: int, random: torch.Generator) -> None:
+        super().__init__()
+        self.net = net
+        self.block = SeedMLP(seeds, labels, BLOCK, labels, random=random, activation=nn.ELU)
+        for parameter in self.block[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        return logits + self.block(logits.sigmoid())
+
+
 def learn(
     data: Mapping[str, Split],
     width: int,
     separate: bool,
     steps: int,
     losses: Callable[[Tensor, Tensor], Tensor] = label_losses,
+    correlated: bool = False,
 ) -> Tensor:
     """Train one net per seed, or one per seed and label; each is read at its best step on validation, if there is any.
+
+    If ``correlated``, the labels of a net correct each other.
 
     Returns: the test rows' logits, ``[S, N, K]``.
     """
@@ -122,7 +142,10 @@ def learn(
     x, y = labelled_first(*seen(data["train"]))
     x_val, y_val = seen(data.get("val", data["test"]))
     x_test, _ = seen(data["test"])
-    net = SeedMLP(len(x), PIXELS, width, y.shape[2], random=torch.Generator().manual_seed(0), activation=nn.ReLU)
+    random = torch.Generator().manual_seed(0)
+    net: nn.Module = SeedMLP(len(x), PIXELS, width, y.shape[2], random=random, activation=nn.ReLU)
+    if correlated:
+        net = SeedCorNet(net, len(x), y.shape[2], random)
 
     def loss() -> Tensor:
         return losses(net(x), y).sum(1)
@@ -164,11 +187,15 @@ def multilabel(seeds: Sequence[int], rows: int, observed: float, steps: int) -> 
         "six nets of 32": (data, WIDTH, True),
         "six nets of 5": (data, WIDTH // len(ATTRIBUTES), True),
         "one net of 32": (data, WIDTH, False),
+        "one net of 35": (data, WIDER, False),
+        "one net of 32, CorNet": (data, WIDTH, False),
     }
     if observed < 1:
         arms["one net of 32, missing = no"] = (zero_filled(data), WIDTH, False)
     digit = data["test"].digit
-    return {arm: scores(learn(*settings, steps) > 0, digit) for arm, settings in arms.items()}
+    return {
+        arm: scores(learn(*settings, steps, correlated="CorNet" in arm) > 0, digit) for arm, settings in arms.items()
+    }
 
 
 def multiclass(seeds: Sequence[int], rows: int, observed: float, steps: int) -> Scores:
@@ -186,6 +213,8 @@ PAIRS = {  # which arms the reading sets against each other
     "multilabel": [
         ("one net of 32", "six nets of 5"),
         ("one net of 32", "six nets of 32"),
+        ("one net of 32, CorNet", "one net of 32"),
+        ("one net of 32, CorNet", "one net of 35"),
         ("one net of 32", "one net of 32, missing = no"),
     ],
     "multiclass": [
@@ -217,11 +246,12 @@ def digit_attributes(
         console.print(report.table(title, ["arm", "hamming", "subset", "macro F1"], rows))
         for first, second in PAIRS[kind]:
             if second in arms:
-                test = paired(arms[first]["subset"], arms[second]["subset"], best="high")
-                console.print(
-                    f"subset, {first} against {second}: {100 * test.gain:+.1f} points, "
-                    f"better in {test.wins} of {test.seeds}, p = {test.p:.1g}"
-                )
+                for score in ("subset", "hamming"):
+                    test = paired(arms[first][score], arms[second][score], "high" if score == "subset" else "low")
+                    console.print(
+                        f"{score}, {first} against {second}: {100 * test.gain:+.1f} points (plus is better), "
+                        f"better in {test.wins} of {test.seeds}, p = {test.p:.1g}"
+                    )
         names = {arm.replace(", ", ",\n").replace(" of ", "\nof "): score["subset"] for arm, score in arms.items()}
         report.dots(axes, names, "subset accuracy")
         axes.set_title(title, loc="left", fontsize=10)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-HEAVY = {"jsonargparse", "matplotlib", "rich", "scipy", "sklearn", "tensorboard", "torchvision", "wandb"}
+HEAVY = {"gpytorch", "jsonargparse", "matplotlib", "rich", "scipy", "sklearn", "tensorboard", "torchvision", "wandb"}
 
 
 def added_by(statement: str, *, before: str = "import sys") -> set[str]:

@@ -33,6 +33,7 @@ LAYERS = {
 OUTSIDE = {"recipes", "tests", "benchmarks"}
 # Only the part named may import these at all, so that the core runs without them.
 OPTIONAL = {
+    "gpytorch": set(),
     "jsonargparse": {"cli"},
     "matplotlib": {"callbacks", "cli"},
     "rich": {"callbacks", "cli"},

@@ -27,7 +27,9 @@ CONTRACT = {
         "MGDA IMTLG CAGrad Nash FairGrad Aligned UPGrad DualProj ConFIG PCD GradVac DBMTL MetaBalance Krum "
         "GradDrop TrimmedMean ExcessMTL MoCo DBMTLAverage MoDo SDMGrad IMTL Chain MovingAverage ClipUpdate"
     ),
-    "lightning_mtl.tasks": "Task TaskRegistry ClassificationTask MultiLabelTask RegressionTask ReconstructionTask",
+    "lightning_mtl.tasks": (
+        "Task TaskRegistry ClassificationTask MultiLabelTask CorNet RegressionTask ReconstructionTask"
+    ),
     "lightning_mtl.sharing": (
         "Encoders OwnFeatures ProximalStep matching penalty_of Constraint CONSTRAINTS mean_penalty mean_prox "
         "joint_feature_penalty joint_feature_prox trace_norm_penalty trace_norm_prox"
@@ -49,6 +51,7 @@ ARGUMENTS = {
     "Task": "head loss metrics | target missing mask",
     "ClassificationTask": "head num_classes metrics | target mask ignore_index label_smoothing",
     "MultiLabelTask": "head num_labels metrics | target mask",
+    "CorNet": "head num_labels width num_blocks",
     "RegressionTask": "head loss metrics | target mask",
     "ReconstructionTask": "head reduction metrics | target mask",
     "TaskRegistry": "tasks",

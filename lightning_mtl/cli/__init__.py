@@ -17,8 +17,8 @@ from lightning_mtl.cli import folder
 Parser = argparse.ArgumentParser
 Action = Callable[[argparse.Namespace, Sequence[str]], int]
 
-# Installed with the extra `recipes`; the package itself works without them.
-_EXTRA = {"jsonargparse", "matplotlib", "rich", "scipy", "sklearn"}
+# Which extra installs what a recipe may import; the package itself works without them.
+_EXTRA = dict.fromkeys(("jsonargparse", "matplotlib", "rich", "scipy", "sklearn"), "recipes") | {"gpytorch": "gp"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except folder.RecipeError as error:
         subparser.error(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        subparser.error(f"{error.name} is not installed. Run: pip install 'lightning-mtl[recipes]'")
+        subparser.error(f"{missing} is not installed. Run: pip install 'lightning-mtl[{_EXTRA[missing]}]'")
 
 
 def _parser() -> Parser:

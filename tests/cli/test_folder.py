@@ -87,13 +87,14 @@ def test_a_mistake_is_one_message_and_status_2(arguments, text, capsys):
     assert text in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
-    (tmp_path / "needy.py").write_text("import sklearn")
+@pytest.mark.parametrize("package, extra", [("sklearn", "recipes"), ("gpytorch", "gp")])
+def test_a_missing_extra_is_named(package, extra, tmp_path, capsys, monkeypatch):
+    (tmp_path / "needy.py").write_text(f"import {package}")
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match="2"):
         main(["run", str(tmp_path / "needy.py")])
-    assert "sklearn is not installed. Run: pip install 'lightning-mtl[recipes]'" in capsys.readouterr().err
+    assert f"{package} is not installed. Run: pip install 'lightning-mtl[{extra}]'" in capsys.readouterr().err
 
 
 def test_run_executes_the_file_as_a_script(tmp_path, capsys, monkeypatch):

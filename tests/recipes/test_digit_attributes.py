@@ -11,6 +11,7 @@ from torch import nn
 from lightning_mtl.cli import main as command
 from lightning_mtl.cli.compare import load
 from lightning_mtl.cli.folder import find
+from lightning_mtl.tasks import CorNet
 
 recipe = load(find("digit_attributes").path)
 ANSWERS, PARTS = recipe.ANSWERS, ("train", "val", "test")
@@ -80,6 +81,33 @@ def test_rows_without_a_label_change_no_loss():
     torch.testing.assert_close(
         recipe.label_losses(x @ weight, y), recipe.label_losses(data.input @ weight, data.labels)
     )
+
+
+def test_labels_correct_each_other_as_in_the_library():
+    random = torch.Generator().manual_seed(0)
+    net = recipe.SeedMLP(2, 64, recipe.WIDTH, 6, random=random, activation=nn.ReLU)
+    both = recipe.SeedCorNet(net, 2, 6, random)
+    x = torch.randn(2, 9, 64)
+    assert torch.equal(both(x), net(x))
+    nn.init.normal_(both.block[-1].weight)
+    alone = CorNet(nn.Identity(), 6, width=recipe.BLOCK)
+    for place in (0, 2):
+        alone.blocks[0][place].weight.data = both.block[place].weight[1].T
+        alone.blocks[0][place].bias.data = both.block[place].bias[1, 0]
+    torch.testing.assert_close(both(x)[1], alone(net(x)[1]))
+    sizes = [
+        sum(p[0].numel() for p in module.parameters())
+        for module in (both, recipe.SeedMLP(1, 64, recipe.WIDER, 6, random=random))
+    ]
+    assert sizes[0] == sizes[1] + 1
+
+
+def test_the_block_learns_and_costs_little():
+    data = recipe.draw(range(6), rows=300, observed=1.0)
+    found = [recipe.learn(data, recipe.WIDTH, separate=False, steps=140, correlated=c) for c in (False, True)]
+    plain, block = (recipe.scores(logits > 0, data["test"].digit)["subset"] for logits in found)
+    assert not torch.equal(*found)
+    assert plain.mean() - 0.06 < block.mean() < plain.mean() + 0.03
 
 
 def test_one_net_beats_six_of_the_same_width():
