@@ -249,7 +249,8 @@ def toy2d(
         text = ", ".join(f"{far:.0e}" for far in distances(done["nash", scale], done["nash", other]))
         console.print(
             f"nash, first loss x {scale:g} against x {other:g}, largest distance on the way to the front: {text}\n"
-            "(from 0, 0 one coordinate's gradient is zero by symmetry, and Adam makes steps of its rounding)"
+            "(from 0, 0 one coordinate's gradient is zero by symmetry, and Adam makes steps of its rounding; a scale "
+            "that binary numbers hold exactly, such as 0.125, leaves no rounding)"
         )
     if out is not None:
         shutil.copyfile(folder / "paths.png", out)

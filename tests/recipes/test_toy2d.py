@@ -57,6 +57,13 @@ def test_nash_crosses_where_the_sum_is_held_and_does_not_ask_for_units(monkeypat
     assert max(recipe.distances(nash, other)) < 1e-3
 
 
+def test_nash_takes_one_path_whatever_the_unit():
+    """From all five starts, also the one that lies on the axis of symmetry, where 0.1 would leave rounding."""
+    nash, other = recipe.descend([("nash", 0.125), ("nash", 1.0)], 1000, 20).unbind(1)
+    assert torch.equal(nash, other)
+    assert (nash[-1] - nash[0]).abs().amax(-1).min() > 0.5
+
+
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--methods=[famo,nash]", "--steps=400", "--workers=1", "--out=copy.png"]
