@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lightning_mtl.linalg.active_set import bordered, until_zero
 from lightning_mtl.linalg.simplex import simplex_qp
 from lightning_mtl.linalg.unit import unit_gram
 
@@ -50,12 +51,8 @@ def _descend(unit: Array, norms: Array, pull: Array, radius: float) -> Array | N
                     support[np.argmin(pull + radius * norms)] = True
                 w = support / support.sum()
                 continue
-            steps = np.divide(w, w - target, out=np.full(size, np.inf), where=falling & (w > target))
-            leaving = int(np.argmin(steps))
-            w = w + steps[leaving] * (target - w)
-            w[leaving] = 0
-            support = support & (w > 0)
-            w = np.where(support, w, 0)
+            w, stopped = until_zero(w, target, falling, longest=np.inf)
+            support = support & ~stopped
             continue
         if aim is None:
             return None
@@ -110,9 +107,7 @@ def _root(
     nothing = float("nan"), None, None
     n, b = norms[support], pull[support]
     count, smallest = len(n), n.min()
-    system = np.zeros((count + 1, count + 1))
-    system[:count, :count] = unit[support][:, support]
-    system[:count, count] = system[count, :count] = smallest / n
+    system = bordered(unit[support][:, support], smallest / n)
     sides = np.zeros((count + 1, 2))
     sides[count, 0] = smallest
     sides[:count, 1] = -b / n

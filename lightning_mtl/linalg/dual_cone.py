@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lightning_mtl.linalg.active_set import until_zero
+
 Array = np.ndarray
 _EPS = float(np.finfo(np.float64).eps)
 #: Where the constraints contradict each other, how far (as a cosine, squared) they may give way.
@@ -130,9 +132,6 @@ def _single_pivoting(unit: Array, linear: Array) -> Array:
             if not falling.any():
                 y = aim
                 break
-            ways = np.divide(y, y - aim, out=np.zeros(size), where=falling & (y > aim))
-            step = min(ways[falling].min(), 1.0)
-            y = y + step * (aim - y)
-            free &= ~(falling & (ways <= step))
-            y[~free] = 0
+            y, stopped = until_zero(y, aim, falling)
+            free &= ~stopped
     return y

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl.linalg.active_set import bordered, until_zero
 from lightning_mtl.linalg.dual_cone import nonnegative_guess
 from lightning_mtl.linalg.unit import unit_gram
 
@@ -119,20 +120,14 @@ def _on_support(unit: Array, c: Array, b: Array, v: Array, support: Array) -> Ar
         falling = support & (aim <= 0)
         if not falling.any():
             return aim
-        ways = np.divide(v, v - aim, out=np.full_like(v, np.inf), where=falling & (v > aim))
-        leaving = int(np.argmin(ways))
-        v = v + min(ways[leaving], 1.0) * (aim - v)
-        v[leaving] = 0
-        support = support & (v > 0)
-        v = np.where(support, v, 0)
+        v, stopped = until_zero(v, aim, falling)
+        support = support & ~stopped
 
 
 def _solve(unit: Array, c: Array, support: Array, right: Array, total: float | Array) -> Array:
     """The stationary point of the quadratic on a support, where ``c @ v = total``."""
     count = len(right)
-    system = np.zeros((count + 1, count + 1))
-    system[:count, :count] = unit[support][:, support]
-    system[:count, count] = system[count, :count] = c[support]
+    system = bordered(unit[support][:, support], c[support])
     sides = np.append(right, total)
     try:
         return np.asarray(np.linalg.solve(system, sides)[:count])
