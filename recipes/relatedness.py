@@ -2,10 +2,12 @@
 
 Run:      lightning-mtl run relatedness
 Override: --seeds 48                                             more networks
+          --flipped 0.2                                          noisier copies of an answer: no gain from them
           --seed 1                                               other data and other networks
           --out docs/images/relatedness.png                      the figure there too
-Expect:   about a minute on one core. Test error of the main task alone, with helpers, and with helpers whose targets
-          are shuffled; per case the gain, the shuffle test, and the cosine of the gradients at the shared layer.
+Expect:   about a minute on one core. Gain of the main task's test error, 24 seeds, on made data and on digits:
+          the same function +23 %, +17 %    other aspects of one input +16 %, +25 %    helpful +69 %, +9 %
+          unrelated -4 % (p 0.2), +5 % (p 0.02). The cosine of the gradients is not shown to foretell it.
 Source:   R. Caruana, Multitask learning, Machine Learning 28, 1997, on what related tasks are and on the shuffle test.
 Data:     made by the recipe, and scikit-learn's digits (1797 images of 8x8, part of scikit-learn). Writers are not
           recorded, so the rows of training and test share them.
@@ -282,6 +284,7 @@ def draw(found: dict[str, Found], file: Path, also: Path | None) -> None:
         axes.annotate(name, place, xytext=(4, 3 if "made" in name else -9), textcoords="offset points", fontsize=7)
     axes.set_xlabel("cosine, first tenth of training", fontsize=9)
     axes.margins(x=0.3)
+    axes.locator_params(axis="x", nbins=5)
     axes.spines[["top", "right"]].set_visible(False)
     report.save(figure, file, also)
 
