@@ -51,6 +51,8 @@ class Balanced(_Base):
         weight_heads: whether the weights of a gram balancer apply to the heads too. Loss balancers always weight them.
         last_layer: the last shared layer, for GradNorm's norms; by default the module that owns the last shared
             parameter in order of registration.
+        main_tasks: the names of the tasks that count, where the others only help them; by default all. Balancers that
+            put one task first (``pcd``, ``metabalance``) take the first of these unless they are told which.
 
     Attributes:
         balancer: the balancer, a submodule: its state is in the checkpoint.
@@ -99,6 +101,7 @@ class Balanced(_Base):
         level: str = "parameters",
         weight_heads: bool = False,
         last_layer: nn.Module | None = None,
+        main_tasks: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -124,7 +127,7 @@ class Balanced(_Base):
         if last_layer is not None and not isinstance(last_layer, nn.Module):
             raise bad_argument(self, "last_layer", "be a module", repr(last_layer), "Pass the layer itself", TypeError)
         self.task_names = names
-        self.balancer = resolve(balancer, names)
+        self.balancer = resolve(balancer, names, tuple(main_tasks))
         self.balancer.check_level(level)
         self.level, self.weight_heads = level, weight_heads
         # Not a second registration of the layer: its parameters already have a name.

@@ -105,7 +105,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                     "Pass a function that builds it",
                     TypeError,
                 )
-        super().__init__(tasks=registry.names, balancer=balancer, level=level, weight_heads=weight_heads)
+        super().__init__(
+            tasks=registry.names,
+            balancer=balancer,
+            level=level,
+            weight_heads=weight_heads,
+            main_tasks=registry.main,
+        )
         self.encoder = encoder
         self.tasks = registry
         self.input_key, self.train_metrics, self.strict_targets = input_key, train_metrics, strict_targets

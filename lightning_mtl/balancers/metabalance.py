@@ -19,7 +19,7 @@ class MetaBalance(GramBalancer):
 
     Args:
         num_tasks: ``T``.
-        main: which task the others serve: its name, or its place in the order.
+        main: which task the others serve: its name, or its place in the order; by default the first main task.
         relax: ``r`` in [0, 1]: 1 gives every auxiliary the main task's length, 0 leaves it alone; the paper's code has
             0.7.
         beta: how much of the average is kept per step, in [0, 1); the paper's code has 0.9.
@@ -30,7 +30,7 @@ class MetaBalance(GramBalancer):
     State: that of :class:`GramBalancer`, and ``norms`` ``[K, T]``, started at the first norms (0: not seen yet).
     Update: sum scale; scale-free while the unit is the same in all steps; the main task has weight 1; heads keep their
     own gradient. Without the main task in a batch the auxiliaries keep their own gradients.
-    Raises: ``ValueError`` if an option is out of range or no task has the name.
+    Raises: ``ValueError`` if an option is out of range, no task has the name, or the task is an auxiliary one.
     Paper: He et al., WWW 2022, arXiv:2203.06801, algorithm 1 and section 3.4.
 
     Example:
@@ -48,7 +48,7 @@ class MetaBalance(GramBalancer):
     def __init__(
         self,
         num_tasks: int,
-        main: int | str = 0,
+        main: int | str | None = None,
         relax: float = 0.7,
         beta: float = 0.9,
         granularity: Literal["whole", "layer", "tensor"] = "tensor",

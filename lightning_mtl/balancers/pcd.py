@@ -26,7 +26,7 @@ class PCD(GramBalancer):
 
     Args:
         num_tasks: ``T``.
-        primary: which task comes first: its name, or its place in the order.
+        primary: which task comes first: its name, or its place in the order; by default the first main task.
         tau: the share in [0, 1] of the progress along its own gradient that a secondary task is promised: one number,
             ``T`` of them (the primary's is not used), or a mapping of task names; 0.02 by default.
         beta: how much of the moving average of the squared norms is kept per step, in [0, 1). Gradients are divided by
@@ -40,7 +40,7 @@ class PCD(GramBalancer):
     Promises: every secondary task advances (for ``tau > 0``), as far as the constraints do not contradict each other;
     if they do, or if nothing is left, the primary gradient alone. A primary gradient of zero: zero. Without the primary
     task in a batch, the mean of the others.
-    Raises: ``ValueError`` if an option is out of range or no task has the name.
+    Raises: ``ValueError`` if an option is out of range, no task has the name, or the task is an auxiliary one.
     Paper: "Not All Objectives Are Born Equal: Priority-Constrained Descent", TMLR 2026, arXiv:2606.29521. Departure: no
     constant is added to the moving average, so that no unit matters.
 
@@ -57,7 +57,7 @@ class PCD(GramBalancer):
     def __init__(
         self,
         num_tasks: int,
-        primary: int | str = 0,
+        primary: int | str | None = None,
         tau: float | Sequence[float] | Mapping[str, float] = 0.02,
         beta: float = 0.999,
         every_n_steps: int = 1,

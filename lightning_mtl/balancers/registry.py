@@ -56,18 +56,20 @@ def load(name: str, num_tasks: int, **options: Any) -> Balancer:
     return cls(num_tasks, **options)
 
 
-def resolve(spec: BalancerSpec, names: Sequence[str]) -> Balancer:
-    """Turn whatever a user passed as ``balancer=`` into a balancer bound to the task names.
+def resolve(spec: BalancerSpec, names: Sequence[str], main: Sequence[str] = ()) -> Balancer:
+    """Turn whatever a user passed as ``balancer=`` into a balancer bound to the task names and their roles.
 
     Args:
         spec: a name as in :func:`load`, ``{"class_path": ..., "init_args": {...}}``, a balancer, or a callable
             that makes one from the number of tasks.
         names: the task names in order.
+        main: those of the main tasks; by default all.
 
     Raises: ``TypeError`` if it is none of these; ``ValueError`` if its task number or its options do not fit.
     """
     balancer = build(spec, len(names))
     balancer.bind(names)
+    balancer.bind_roles(main)
     return balancer
 
 

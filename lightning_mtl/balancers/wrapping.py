@@ -37,6 +37,12 @@ class Wrapper(GramBalancer):
             if isinstance(child, Balancer):
                 child.bind(names)
 
+    def bind_roles(self, main: Sequence[str]) -> None:
+        super().bind_roles(main)
+        for child in self.children():
+            if isinstance(child, Balancer):
+                child.bind_roles(main)
+
     def end_epoch(self) -> None:
         for child in self.children():
             if isinstance(child, Balancer):

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -32,6 +33,21 @@ _TRAINER = (
     "--trainer.enable_checkpointing=false",
     "--trainer.limit_val_batches=0",
 )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves.
+
+    Args:
+        metrics: those of the test, without ``test/``.
+        seconds: of CPU time, training and test.
+        auxiliary: the names of its model's auxiliary tasks.
+    """
+
+    metrics: Mapping[str, float]
+    seconds: float
+    auxiliary: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ def compare(
         _parse_only(module, runs[0])
     workers = min(workers or _cores(), len(runs))
     report.announce(f"{recipe.name}: {len(runs)} runs, seeds {_text(seeds)}, {workers} at a time")
-    done: dict[Run, tuple[dict[str, float], float]] = {}
+    done: dict[Run, Trained] = {}
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         # Backwards: the dear arms tend to stand last, and started first they leave no core idle at the end.
         futures = {pool.submit(train, recipe.path, run.arguments): run for run in reversed(runs)}
@@ -88,7 +104,7 @@ def compare(
             for future in as_completed(futures):
                 run = futures[future]
                 done[run] = future.result()
-                report.announce(f"[{len(done)}/{len(runs)}] {run.folder.name}, {done[run][1]:.1f} CPU seconds")
+                report.announce(f"[{len(done)}/{len(runs)}] {run.folder.name}, {done[run].seconds:.1f} CPU seconds")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -126,41 +142,55 @@ def plan(
     return runs
 
 
-def train(path: Path, arguments: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Run one command line of a recipe and test the model that it leaves; returns test metrics and CPU seconds."""
+def train(path: Path, arguments: Sequence[str]) -> Trained:
+    """Run one command line of a recipe and test the model that it leaves."""
+    from lightning_mtl.module import MultiTaskModule
+
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     module = load(path)
     started = time.process_time()
     cli = module.main(list(arguments))
     (metrics,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-    return {key.removeprefix("test/"): value for key, value in metrics.items()}, time.process_time() - started
+    tasks = list(cli.model.tasks.items()) if isinstance(cli.model, MultiTaskModule) else []
+    return Trained(
+        {key.removeprefix("test/"): value for key, value in metrics.items()},
+        time.process_time() - started,
+        [name for name, task in tasks if task.role == "auxiliary"],
+    )
 
 
-def collect(comparison: Comparison, done: Mapping[Run, tuple[Mapping[str, float], float]]) -> Results:
-    """One row per arm and seed, from the runs that it consists of."""
+def collect(comparison: Comparison, done: Mapping[Run, Trained]) -> Results:
+    """One row per arm and seed, from the runs that it consists of.
+
+    A task that is auxiliary in any of the runs does not count in delta m, in none of the arms.
+    """
     from lightning_mtl.metrics import delta_m
 
+    tasks = {name for trained in done.values() for name in trained.auxiliary}
+    auxiliary = [score for score in comparison.scores if score.removeprefix("loss/").partition("/")[0] in tasks]
     merged: dict[tuple[str, int], dict[str, float]] = {}
-    for run, (metrics, _) in done.items():
-        known = {score: metrics[score] for score in comparison.scores if score in metrics}
+    for run, trained in done.items():
+        known = {score: trained.metrics[score] for score in comparison.scores if score in trained.metrics}
         merged.setdefault((run.arm, run.seed), {}).update(known)
     rows = []
     for (arm, seed), scores in merged.items():
-        base = {score: merged[comparison.base, seed][score] for score in scores}
+        main = {score: value for score, value in scores.items() if score not in auxiliary}
+        base = {score: merged[comparison.base, seed][score] for score in main}
+        higher = {score: comparison.scores[score] for score in main}
         mine = [run for run in done if (run.arm, run.seed) == (arm, seed)]
         rows.append(
             Row(
                 arm,
                 seed,
                 scores,
-                delta_m(scores, base, {score: comparison.scores[score] for score in scores}),
-                sum(done[run][1] for run in mine),
+                delta_m(main, base, higher) if main else math.nan,
+                sum(done[run].seconds for run in mine),
                 [run.folder for run in mine],
             )
         )
     order = list(comparison.arms)
-    return Results(sorted(rows, key=lambda row: order.index(row.arm)))
+    return Results(sorted(rows, key=lambda row: order.index(row.arm)), auxiliary)
 
 
 def _cores() -> int:

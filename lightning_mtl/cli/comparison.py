@@ -78,7 +78,8 @@ class Row:
         arm: its name.
         seed: of everything: split, pairs, initialisation, order of the batches.
         scores: those of the comparison that this arm has.
-        delta_m: in percent against the base arm on this seed, over the scores that this arm has.
+        delta_m: in percent against the base arm on this seed, over the main tasks' scores that this arm has; NaN if it
+            has none.
         seconds: CPU time of its runs, training and test.
         folders: where each of its runs logged.
     """
@@ -93,9 +94,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of a comparison, by arm and within an arm by seed."""
+    """The rows of a comparison, by arm and within an arm by seed.
+
+    Args:
+        rows: one per arm and seed.
+        auxiliary: the scores of tasks with that role, which delta m does not count.
+    """
 
     rows: Sequence[Row]
+    auxiliary: Sequence[str] = ()
 
     @property
     def arms(self) -> list[str]:

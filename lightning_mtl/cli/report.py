@@ -64,9 +64,12 @@ def table(name: str, comparison: Comparison, results: Results) -> Table:
     """One row per arm: mean over the seeds, with the standard deviation if there are several."""
     seeds = ", ".join(map(str, results.seeds))
     spread = f"mean ± standard deviation over seeds {seeds}" if len(results.seeds) > 1 else f"seed {seeds}"
+    caption = "Δm: percent worse than the base, mean over the scores that an arm has"
+    if results.auxiliary:
+        caption += f"; main tasks only, without {', '.join(results.auxiliary)}"
     grid = Table(
         title=f"{name}, test split, {spread}",
-        caption="Δm: percent worse than the base, mean over the scores that an arm has",
+        caption=caption,
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",

@@ -1,7 +1,7 @@
 """Delta m: by how many percent a multi-task model is worse than one model per task."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import SupportsFloat, TypeVar
 
 from lightning_mtl.checks import bad_argument, listed
@@ -14,6 +14,8 @@ def delta_m(
     base: Mapping[str, SupportsFloat] | Sequence[SupportsFloat],
     higher: Mapping[str, bool] | Sequence[bool],
     groups: Mapping[str, Hashable] | Sequence[Hashable] | None = None,
+    *,
+    auxiliary: Collection[Hashable] = (),
 ) -> float:
     r"""Average the relative loss against single-task models, in percent: **lower is better**, 0 is a draw.
 
@@ -27,12 +29,14 @@ def delta_m(
         higher: per metric, whether a higher value is better.
         groups: per metric, the task it belongs to. If given, the mean is over the tasks and, within a task,
             over its metrics: a task with many metrics weighs no more than one with a single metric.
+        auxiliary: what does not count, because it is only there to help the others: tasks as named in ``groups``, or,
+            without ``groups``, metrics. They must be known all the same, but their base may be any number.
 
     Shapes: ``S`` metrics in each argument -> one number. All arguments are mappings with the same names, or
     all are sequences in the same order.
 
-    Raises: ``TypeError`` or ``ValueError`` if the arguments do not describe the same metrics, or if a base
-    value cannot be divided by.
+    Raises: ``TypeError`` or ``ValueError`` if the arguments do not describe the same metrics, if a base value cannot be
+    divided by, or if nothing is left that counts.
 
     Paper: Maninis, Radosavovic, Kokkinos, CVPR 2019, arXiv:1904.08918, with the sign of the tables since
     CAGrad (Liu et al., NeurIPS 2021, arXiv:2110.14048). LibMTL reports the opposite sign. ``groups`` is the
@@ -44,23 +48,23 @@ def delta_m(
         >>> result, base = {"accuracy": 0.76, "error": 0.45}, {"accuracy": 0.80, "error": 0.50}
         >>> round(delta_m(result, base, higher={"accuracy": True, "error": False}), 6)
         -2.5
+        >>> round(delta_m(result, base, higher={"accuracy": True, "error": False}, auxiliary={"error"}), 6)
+        5.0
     """
     results = _by_key(result, "result")
     bases = _by_key(base, "base")
     highers = _by_key(higher, "higher")
     _check_same_metrics(bases, results, "base")
     _check_same_metrics(highers, results, "higher")
-    worse = {
-        key: _percent_worse(float(value), float(bases[key]), _as_bool(highers[key], key), key)
-        for key, value in results.items()
-    }
-    if groups is None:
-        return _mean(worse.values())
-    tasks = _by_key(groups, "groups")
+    # Without groups each metric is a task of its own.
+    tasks = {key: key for key in results} if groups is None else _by_key(groups, "groups")
     _check_same_metrics(tasks, results, "groups")
+    _check_auxiliary(auxiliary, set(tasks.values()))
     by_task: dict[Hashable, list[float]] = {}
-    for key, percent in worse.items():
-        by_task.setdefault(tasks[key], []).append(percent)
+    for key, value in results.items():
+        if tasks[key] not in auxiliary:
+            percent = _percent_worse(float(value), float(bases[key]), _as_bool(highers[key], key), key)
+            by_task.setdefault(tasks[key], []).append(percent)
     return _mean(map(_mean, by_task.values()))
 
 
@@ -84,6 +88,18 @@ def _check_same_metrics(found: Iterable[Hashable], expected: Iterable[Hashable],
             f"have the metrics of `result` ({listed(expected)})",
             listed(found),
             "Give every argument the same names, or the same number of values in the same order",
+        )
+
+
+def _check_auxiliary(found: Collection[Hashable], tasks: set[Hashable]) -> None:
+    # Of a single name every letter would be taken for one.
+    if isinstance(found, str) or not set(found) < tasks:
+        raise bad_argument(
+            "delta_m",
+            "auxiliary",
+            f"be a collection of some, and not all, of {listed(tasks)}",
+            repr(found) if isinstance(found, str) else listed(found),
+            "Correct the names; at least one must be left that counts",
         )
 
 

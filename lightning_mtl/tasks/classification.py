@@ -22,7 +22,7 @@ class ClassificationTask(Task):
         head: features -> logits ``[B, C, ...]``.
         num_classes: ``C``, at least 2 (for a yes-or-no question use ``MultiLabelTask`` with one label).
         metrics: by default ``accuracy``, the share of right answers.
-        target, mask: as in :class:`Task`.
+        target, mask, role: as in :class:`Task`.
         ignore_index: the class number that marks a missing label.
         label_smoothing: in [0, 1), as in ``torch.nn.functional.cross_entropy``.
 
@@ -40,6 +40,7 @@ class ClassificationTask(Task):
         mask: str | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        role: str = "main",
     ) -> None:
         if not isinstance(num_classes, int) or num_classes < 2:
             raise bad_argument(
@@ -51,7 +52,7 @@ class ClassificationTask(Task):
             )
         if metrics is None:
             metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
-        super().__init__(head, self._cross_entropy, metrics, target=target, missing=ignore_index, mask=mask)
+        super().__init__(head, self._cross_entropy, metrics, target=target, missing=ignore_index, mask=mask, role=role)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
     def predict(self, output: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class MultiLabelTask(Task):
         head: features -> logits ``[B, K]``.
         num_labels: ``K``, or the ``K`` label names.
         metrics: by default ``accuracy`` and ``f1`` over all labelled entries, at a threshold of 0.5.
-        target, mask: as in :class:`Task`.
+        target, mask, role: as in :class:`Task`.
 
     Shapes: logits ``[B, K]``, target float or bool or integer ``[B, K]`` (``[B]`` for one label) with entries in
     [0, 1] or NaN. The loss is the mean over the labelled entries.
@@ -36,11 +36,12 @@ class MultiLabelTask(Task):
         *,
         target: str | None = None,
         mask: str | None = None,
+        role: str = "main",
     ) -> None:
         self.labels = _label_names(num_labels)
         if metrics is None:
             metrics = {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score()}
-        super().__init__(head, self._cross_entropy, metrics, target=target, missing="nan", mask=mask)
+        super().__init__(head, self._cross_entropy, metrics, target=target, missing="nan", mask=mask, role=role)
 
     def predict(self, output: Tensor) -> Tensor:
         """Probabilities: logits ``[B, K]`` -> ``[B, K]``."""
@@ -103,8 +104,14 @@ class LabelTask(MultiLabelTask):
     shares_head = True
 
     def __init__(self, all_labels: MultiLabelTask, column: int, target: str) -> None:
-        metrics = all_labels._metrics_on("val")
-        super().__init__(all_labels.head, [all_labels.labels[column]], metrics, target=target, mask=all_labels.mask)
+        super().__init__(
+            all_labels.head,
+            [all_labels.labels[column]],
+            all_labels._metrics_on("val"),
+            target=target,
+            mask=all_labels.mask,
+            role=all_labels.role,
+        )
         self.column, self.num_columns = column, len(all_labels.labels)
 
     def forward(self, features: Any) -> Tensor:

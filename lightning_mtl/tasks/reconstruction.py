@@ -23,6 +23,7 @@ class ReconstructionTask(Task):
         metrics: by default ``mse``, per entry.
         target: key of a tensor in the batch; by default the module's input.
         mask: key of a bool ``[B]``, as in :class:`Task`.
+        role: as in :class:`Task`.
 
     Raises: ``ValueError`` if output and target differ in shape after both are flattened to ``[B, M]``.
     """
@@ -35,11 +36,12 @@ class ReconstructionTask(Task):
         *,
         target: str | None = None,
         mask: str | None = None,
+        role: str = "main",
     ) -> None:
         check_choice(reduction, ("sum", "mean"), "reduction", "ReconstructionTask")
         self.reduction = reduction
         metrics = {"mse": MeanSquaredError()} if metrics is None else metrics
-        super().__init__(head, self._squared_error, metrics, target=target, mask=mask)
+        super().__init__(head, self._squared_error, metrics, target=target, mask=mask, role=role)
 
     def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:
         if self.target is not None:

@@ -110,6 +110,11 @@ class TaskRegistry(nn.Module):
         """The names, in order."""
         return tuple(self._tasks)
 
+    @property
+    def main(self) -> tuple[str, ...]:
+        """The names of the main tasks, in order."""
+        return tuple(name for name, task in self.items() if task.role == "main")
+
     def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
             raise bad_argument(self, "name", f"be one of {listed(self)}", repr(name), "Correct the name")

@@ -22,7 +22,7 @@ class RegressionTask(Task):
         head: features -> ``[B, ...]``.
         loss: "mse", "l1" or "smooth_l1".
         metrics: by default ``mse`` and ``mae``.
-        target, mask: as in :class:`Task`.
+        target, mask, role: as in :class:`Task`.
 
     Shapes: output and target of one shape, or output ``[..., 1]`` against target ``[...]``. The loss is the mean over
     all labelled entries.
@@ -37,12 +37,13 @@ class RegressionTask(Task):
         *,
         target: str | None = None,
         mask: str | None = None,
+        role: str = "main",
     ) -> None:
         check_choice(loss, list(_LOSSES), "loss", "RegressionTask")
         self._elementwise = _LOSSES[loss]
         if metrics is None:
             metrics = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
-        super().__init__(head, self._loss, metrics, target=target, missing="nan", mask=mask)
+        super().__init__(head, self._loss, metrics, target=target, missing="nan", mask=mask, role=role)
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Tensor, Tensor]:
         if not isinstance(target, Tensor) or not target.is_floating_point():

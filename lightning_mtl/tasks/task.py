@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from lightning_mtl.checks import bad_argument, carried, check_tensor, listed, shape
+from lightning_mtl.checks import bad_argument, carried, check_choice, check_tensor, listed, shape
 
 Loss = Callable[[Any, Any], Tensor]
 STAGES = ("train", "val", "test")
+ROLES = ("main", "auxiliary")
 
 # Losses that compare output and target element by element: torch broadcasts a wrong shape, we refuse it.
 _ELEMENTWISE = (
@@ -54,10 +55,12 @@ class Task(nn.Module):
             (an ignore index).
         mask: key of a bool tensor in the batch that is True where a label is present; may be combined with
             ``missing``.
+        role: "main", or "auxiliary" for a task that is only there to help the others: it is trained and logged like
+            any other, but is no balancer's first task, and ``delta_m`` of a comparison leaves it out.
 
     Shapes: the loss of one entry per label has the shape of the target, or of its leading dimensions.
-    Raises: ``TypeError`` if head, loss or a metric is of the wrong kind; ``ValueError`` for an unknown ``missing``,
-    and in training if shapes do not fit or a loss is a scalar although labels can be missing.
+    Raises: ``TypeError`` if head, loss or a metric is of the wrong kind; ``ValueError`` for an unknown ``missing`` or
+    ``role``, and in training if shapes do not fit or a loss is a scalar although labels can be missing.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Task(nn.Module):
         target: str | None = None,
         missing: str | int | None = None,
         mask: str | None = None,
+        role: str = "main",
     ) -> None:
         super().__init__()
         if not isinstance(head, nn.Module):
@@ -97,9 +101,10 @@ class Task(nn.Module):
                 repr(missing),
                 "Say how the target marks a gap",
             )
+        check_choice(role, ROLES, "role", self)
         self.head = head
         self.loss = loss
-        self.target, self.missing, self.mask = target, missing, mask
+        self.target, self.missing, self.mask, self.role = target, missing, mask, role
         self._unchecked = True
         # "train" would be an attribute of every module, hence the prefix.
         self.metrics = nn.ModuleDict({f"on_{stage}": nn.ModuleDict() for stage in STAGES})

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lightning_mtl.cli import main, report
-from lightning_mtl.cli.compare import Run, collect, load, plan
+from lightning_mtl.cli.compare import Run, Trained, collect, load, plan
 from lightning_mtl.cli.comparison import Change, Comparison, Curves, Results, Row
 
 ARMS = {"alone": ["--model.tasks=[a]", "--model.tasks=[b]"], "both, equal": ["--model.lr 0.5"]}
@@ -41,8 +41,8 @@ def test_delta_m_is_against_the_base_on_the_same_seed():
     done = {}
     for seed, level in ((0, 0.8), (1, 0.5)):
         for number, scores in enumerate(({"a/accuracy": level}, {"b/mse": 0.1})):
-            done[Run("alone", seed, (), Path(f"alone-{number}-{seed}"))] = (scores | {"loss": 1.0}, 2.0)
-        done[Run("both, equal", seed, (), Path(f"both-{seed}"))] = ({"a/accuracy": 0.4, "b/mse": 0.1}, 3.0)
+            done[Run("alone", seed, (), Path(f"alone-{number}-{seed}"))] = Trained(scores | {"loss": 1.0}, 2.0)
+        done[Run("both, equal", seed, (), Path(f"both-{seed}"))] = Trained({"a/accuracy": 0.4, "b/mse": 0.1}, 3.0)
     found = collect(COMPARISON, done)
     assert found.arms == ["alone", "both, equal"]
     assert found.seeds == [0, 1]
@@ -54,10 +54,34 @@ def test_delta_m_is_against_the_base_on_the_same_seed():
 
 
 def test_an_arm_without_a_score_is_judged_by_the_others():
-    base = Run("alone", 0, (), Path("alone")), ({"a/accuracy": 0.8, "b/mse": 0.1}, 1.0)
-    part = Run("both, equal", 0, (), Path("both")), ({"a/accuracy": 0.4}, 1.0)
+    base = Run("alone", 0, (), Path("alone")), Trained({"a/accuracy": 0.8, "b/mse": 0.1}, 1.0)
+    part = Run("both, equal", 0, (), Path("both")), Trained({"a/accuracy": 0.4}, 1.0)
     found = collect(COMPARISON, dict([base, part]))
     assert found.of("both, equal", "delta_m") == pytest.approx([50.0])
+
+
+def test_auxiliary_tasks_do_not_count_in_delta_m_and_the_table_says_so():
+    base = Run("alone", 0, (), Path("alone")), Trained({"a/accuracy": 0.8, "b/mse": 0.1}, 1.0)
+    both = Run("both, equal", 0, (), Path("both")), Trained({"a/accuracy": 0.4, "b/mse": 0.2}, 1.0, ["b"])
+    found = collect(COMPARISON, dict([base, both]))
+    assert found.auxiliary == ["b/mse"]
+    assert found.of("both, equal", "delta_m") == pytest.approx([50.0])
+    assert found.of("both, equal", "b/mse") == [0.2]
+    assert "main tasks only, without b/mse" in printed(found)
+    assert "main tasks" not in printed(results(1))
+
+
+def test_an_arm_of_auxiliary_tasks_only_has_no_delta_m():
+    base = Run("alone", 0, (), Path("alone")), Trained({"a/accuracy": 0.8, "b/mse": 0.1}, 1.0)
+    part = Run("both, equal", 0, (), Path("both")), Trained({"b/mse": 0.2}, 1.0, ["b"])
+    assert math.isnan(collect(COMPARISON, dict([base, part])).of("both, equal", "delta_m")[0])
+
+
+@pytest.mark.parametrize("score", ["b/mse", "loss/b"])
+def test_a_score_belongs_to_the_task_in_its_name(score):
+    comparison = Comparison(ARMS, {"a/b": True, score: False}, "alone", lambda results: [])
+    done = {Run("alone", 0, (), Path("alone")): Trained({"a/b": 0.8, score: 0.1}, 1.0, ["b"])}
+    assert collect(comparison, done).auxiliary == [score]
 
 
 def test_changes_are_paired_by_seed():
@@ -67,17 +91,19 @@ def test_changes_are_paired_by_seed():
     assert str(Change([0.26])) == "+0.3 points"
 
 
-def test_the_table_shows_spread_only_if_there_is_one():
-    def text(seeds: int) -> str:
-        console = Console(width=110, record=True, file=io.StringIO())
-        console.print(report.table("small", COMPARISON, results(seeds)))
-        return console.export_text()
+def printed(found: Results) -> str:
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(report.table("small", COMPARISON, found))
+    return " ".join(console.export_text().split())
 
-    assert "0.910 ± 0.010" in text(3)
-    assert "seeds 0, 1, 2" in text(3)
-    assert "±" not in text(1)
-    assert "(base)" in text(1)
-    assert "both, equal" in text(1)
+
+def test_the_table_shows_spread_only_if_there_is_one():
+    one, three = printed(results(1)), printed(results(3))
+    assert "0.910 ± 0.010" in three
+    assert "seeds 0, 1, 2" in three
+    assert "±" not in one
+    assert "(base)" in one
+    assert "both, equal" in one
 
 
 def test_the_reading_needs_all_arms_and_knows_its_limits():
@@ -103,10 +129,10 @@ def test_it_is_drawn_with_and_without_curves(tmp_path, seeds):
 
 def test_end_to_end(recipe, capsys):
     assert main(["compare", str(recipe), "--epochs", "1", "--seeds", "3", "--out", "out", "--data.rows=8"]) == 0
-    printed = capsys.readouterr().out
-    assert "4 runs, seeds 3" in printed
-    assert "1. Equal has" in printed
-    assert all(str(Path("out", name)) in printed for name in ("rows.csv", "compare.png"))
+    told = capsys.readouterr().out
+    assert "4 runs, seeds 3" in told
+    assert "1. Equal has" in told
+    assert all(str(Path("out", name)) in told for name in ("rows.csv", "compare.png"))
     with Path("out/rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["arm"], row["seed"]) for row in rows] == [("alone", "3"), ("equal", "3"), ("pcgrad", "3")]
@@ -116,6 +142,17 @@ def test_end_to_end(recipe, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["compare", str(recipe), "--out", "out"])
     assert "`out` must be an empty or a new folder" in capsys.readouterr().err
+
+
+def test_the_models_say_which_tasks_are_auxiliary(recipe, capsys):
+    role = 'role="main" if name == "a" else "auxiliary"'
+    recipe.write_text(recipe.read_text().replace("nn.Linear(3, 1)) for", f"nn.Linear(3, 1), {role}) for"))
+    assert main(["compare", str(recipe), "--epochs", "1", "--arms", "equal", "--out", "out"]) == 0
+    assert "main tasks only, without b/mae" in " ".join(capsys.readouterr().out.split())
+    with Path("out/rows.csv").open() as file:
+        alone, equal = csv.DictReader(file)
+    worse = float(equal["a/mae"]) / float(alone["a/mae"]) - 1
+    assert float(equal["delta_m"]) == pytest.approx(100 * worse)
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,19 @@ def test_a_diverged_run_is_not_hidden() -> None:
 def test_errors(arguments: tuple, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=f"^delta_m: .*{text}"):
         delta_m(*arguments)
+
+
+def test_auxiliary_tasks_do_not_count() -> None:
+    result, base, higher = {"a": 0.4, "b": 2.0, "c": 9.0}, {"a": 0.8, "b": 1.0, "c": 0.0}, dict.fromkeys("abc", True)
+    higher["b"] = False
+    assert delta_m(result, base, higher, auxiliary={"c"}) == pytest.approx(75.0)
+    assert delta_m(result, base, higher, auxiliary=["b", "c"]) == pytest.approx(50.0)
+    groups = {"a": "main", "b": "main", "c": "helper"}
+    assert delta_m(result, base, higher, groups, auxiliary=["helper"]) == pytest.approx(75.0)
+    assert delta_m([0.4, 2.0], [0.8, 1.0], [True, False], auxiliary=[1]) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize("auxiliary", ["a", ["a", "b"], ["x"]])
+def test_what_is_auxiliary_must_be_known_and_leave_something(auxiliary) -> None:
+    with pytest.raises(ValueError, match=r"^delta_m: `auxiliary` must be a collection of some"):
+        delta_m({"a": 0.4, "b": 2.0}, {"a": 0.8, "b": 1.0}, {"a": True, "b": False}, auxiliary=auxiliary)

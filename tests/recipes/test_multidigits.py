@@ -97,6 +97,26 @@ def test_the_seed_decides_everything(data):
     assert torch.equal(first["input"], again["input"])
 
 
+def test_shuffled_targets_are_those_of_other_samples_in_training_only(data):
+    made = recipe.DigitPairs(shuffle=["rec"], seed=0)
+    made.setup("fit")
+    for name, pairs in made.datasets.items():
+        plain = data.datasets[name].columns
+        for column in ("input", "left", "right", *(["rec"] if name != "train" else [])):
+            assert torch.equal(pairs.columns[column], plain[column])
+        assert torch.equal(plain["rec"], plain["input"])
+    given = made.datasets["train"].columns["rec"]
+    own = data.datasets["train"].columns["input"]
+    assert (given != own).flatten(1).any(1).float().mean() > 0.99
+    assert torch.equal(given.flatten(1).sum(1).sort().values, own.flatten(1).sum(1).sort().values)
+
+
+def test_reconstruction_is_there_to_help():
+    model = recipe.MultiDigits()
+    assert model.tasks.main == ("left", "right")
+    assert model.tasks["rec"].pick({"rec": torch.ones(1)}, torch.zeros(1), "rec")[0] == 1
+
+
 def test_a_batch_is_one_piece_and_an_epoch_shuffles(data):
     loader = data.train_dataloader()
     batches = list(loader)
@@ -159,7 +179,9 @@ USUAL = {
     "equal without rec": 0.89,
     "pcgrad without rec": 0.90,
     "equal": 0.60,
+    "equal, rec shuffled": 0.35,
     "rec x 0.03": 0.89,
+    "rec x 0.03, shuffled": 0.88,
     "uncertainty": 0.64,
     "pcgrad": 0.68,
     "gradnorm": 0.86,
@@ -171,10 +193,13 @@ def test_the_reading_follows_the_numbers():
     usual = " ".join(told(USUAL))
     assert "-3.0 points. They interfere here." in usual
     assert "PCGrad in place of their sum: +1.0 points." in usual
+    assert "other samples' pictures: +25.0 points; at weight 0.03: +1.0 points." in usual
+    assert "against none: +0.0 points. It is not shown to help." in usual
     assert "uncertainty +4.0 points; pcgrad +8.0 points; gradnorm +26.0 points" in usual
     assert "gradnorm: +3.0 points. Balancing is not shown to beat tuning." in usual
     assert "None is better here." in usual
     other = " ".join(told(USUAL | {"single task": 0.5, "rec x 0.03": 0.4, "pcgrad": 0.9}))
+    assert "against none: +11.0 points. It helps here." in " ".join(told(USUAL | {"equal without rec": 0.78}))
     assert "+39.0 points. No interference here." in other
     assert "the best of them, pcgrad: -50.0 points. This weight is not the best one." in other
     assert "Sharing helps here." in other

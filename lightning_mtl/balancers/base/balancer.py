@@ -44,6 +44,8 @@ class Balancer(nn.Module):
         self.names: tuple[str, ...] | None = None
         self._settings: dict[str, tuple[object, float, float, float]] = {}
         self._unbound: set[str] = set()
+        self._placed: set[str] = set()
+        self._main: tuple[str, ...] = ()
 
     def bind(self, names: Sequence[str]) -> None:
         """Learn the task names, in the order of every ``[T]`` tensor.
@@ -58,9 +60,30 @@ class Balancer(nn.Module):
                 self.num_tasks,
                 f"Build it with num_tasks={len(names)}, or pass the balancer's name and let the module build it",
             )
-        self.names = tuple(names)
+        self.names, self._main = tuple(names), ()
+        self._check_places()
         for name in self._settings:
             self.get_buffer(name).copy_(self._setting_values(name))
+
+    def bind_roles(self, main: Sequence[str]) -> None:
+        """Learn which of the bound names are main tasks; none or all of them say nothing.
+
+        A method that puts one task before the others then takes the first main task, unless it was told which.
+
+        Raises: ``ValueError`` if a name is unknown, or if the method was told to put an auxiliary task first.
+        """
+        unknown = [name for name in main if name not in (self.names or ())]
+        if unknown:
+            raise bad_argument(
+                self, "main", f"name tasks among {listed(self.names or ())}", listed(unknown), "Correct the name"
+            )
+        self._main = tuple(main)
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Raises: ``ValueError`` if an argument that names one task does not fit what is known of the tasks."""
+        for arg in sorted(self._placed):
+            self._place(getattr(self, arg), arg)
 
     def _setting(
         self, name: str, given: object, default: float, low: float = -math.inf, high: float = math.inf
@@ -119,8 +142,14 @@ class Balancer(nn.Module):
                 "Change it, or choose another balancer",
             )
 
-    def _place(self, task: int | str, arg: str) -> int:
-        """Where a task stands in the order; 0 as long as its name cannot be looked up."""
+    def _place(self, task: int | str | None, arg: str) -> int:
+        """Where a task stands in the order; 0 as long as its name cannot be looked up. ``None``: the first main task.
+
+        The argument must be an attribute of the same name, which is looked at again when names and roles are bound.
+        """
+        self._placed.add(arg)
+        if task is None:
+            return (self.names or ()).index(self._main[0]) if self._main else 0
         known = self.names if isinstance(task, str) else range(self.num_tasks)
         if isinstance(task, str) and self.names is None:
             self._unbound.add(arg)
@@ -133,7 +162,16 @@ class Balancer(nn.Module):
                 repr(task),
                 f"The tasks are {listed(self.names or ())}",
             )
-        return task if isinstance(task, int) else list(known).index(task)
+        place = task if isinstance(task, int) else list(known).index(task)
+        if self._main and self.names is not None and self.names[place] not in self._main:
+            raise bad_argument(
+                self,
+                arg,
+                f"be a main task ({listed(self._main)})",
+                f"{self.names[place]!r}, an auxiliary one",
+                "Leave it out, or change the roles",
+            )
+        return place
 
     def end_epoch(self) -> None:
         """A training epoch has ended (for methods that compare epochs). Modules call it; plain loops call it too."""
