@@ -27,7 +27,7 @@ class GeometricMean(LossBalancer):
     number of present ones.
     Raises: ``ValueError`` if an offset or its task name is wrong, or a loss is not above its offset (on the CPU in
     any step, elsewhere in the first).
-    Paper: Chennupati et al., CVPR Workshops 2019, arXiv:1904.08492, section 3; the offset is ours.
+    Paper: Chennupati et al., CVPR Workshops 2019, arXiv:1904.08492; the offset is ours.
 
     Example:
         >>> import torch

@@ -36,7 +36,7 @@ class STCH(LossBalancer):
     weighted. An absent task is left out. One without ``n_t`` after the warm-up takes its present loss for it.
     Raises: ``ValueError`` if an argument is out of range, or, with a warm-up, a loss is not above its reference (on the
     CPU in any step, elsewhere in the first).
-    Paper: Lin et al., ICML 2024, arXiv:2402.19078, section 3. Departures: its code takes ``n`` from one epoch more, and
+    Paper: Lin et al., ICML 2024, arXiv:2402.19078. Departures: its code takes ``n`` from one epoch more, and
     knows no preference after a warm-up.
 
     Example:
