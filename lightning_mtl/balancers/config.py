@@ -20,8 +20,9 @@ class ConFIG(GramBalancer):
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``.
     State: that of :class:`GramBalancer`.
     Update: sum scale (one task: its gradient); scale-free; heads keep their own gradient.
-    Promises: equal, non-negative cosines with all gradients, as far as these allow it (if some of them depend on each
-    other: in least squares). A gradient of zero is left out. If nothing is left, zero.
+    Promises: equal, non-negative cosines with all gradients if none depends on the others. Otherwise they are equal in
+    least squares only, and the direction is turned round where the gradients' sum goes the other way: the tasks gain
+    together, :math:`\sum_t g_t^\top d \ge 0`. A gradient of zero is left out. If nothing is left, zero.
     Paper: Liu et al., ICLR 2025, arXiv:2408.11104, equation 2 and section 3.2.
 
     Example:

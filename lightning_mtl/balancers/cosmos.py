@@ -26,7 +26,7 @@ class COSMOS(LossBalancer):
     Update: mean scale where the losses have the proportion ``r``; heads are weighted. A weight is negative where the
     angle counts more than the sum. An absent task is left out.
     Raises: ``ValueError`` if an argument is out of range.
-    Paper: Ruchte and Grabocka, ICDM 2021, arXiv:2103.12868, section 3. Departure: there ``r`` is drawn anew for each
+    Paper: Ruchte and Grabocka, ICDM 2021, arXiv:2103.13392. Departure: there ``r`` is drawn anew for each
     batch and fed to the network, which learns the whole front; here it is fixed and one point is found.
 
     Example:

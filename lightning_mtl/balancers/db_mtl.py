@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
-from lightning_mtl.linalg import divided, log_weights
+from lightning_mtl.linalg import log_weights, to_longest
 
 
 class DBMTL(GramBalancer):
@@ -36,8 +35,8 @@ class DBMTL(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         norms = gram.diagonal().clamp(min=0).sqrt()
-        longest = (norms * log_weights(losses, self)).max()
-        return torch.from_numpy(divided(longest.expand_as(norms).numpy(), norms.numpy()))
+        scale = log_weights(losses, self)
+        return scale * to_longest(norms * scale)
 
     def private_weights(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return log_weights(losses, self, present)

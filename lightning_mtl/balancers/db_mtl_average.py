@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import RowBalancer, Tasks
 from lightning_mtl.checks import check_number
-from lightning_mtl.linalg import log_weights
+from lightning_mtl.linalg import log_weights, to_longest
 
 
 class DBMTLAverage(RowBalancer):
@@ -54,9 +54,7 @@ class DBMTLAverage(RowBalancer):
         beta = torch.where(self.seen[tasks] == 1, 0.0, beta).to(rows.dtype)[:, None]
         averages[tasks] = beta * averages[tasks] + (1 - beta) * scaled
         current = averages[tasks]
-        norms = current.double().norm(dim=1)
-        factors = torch.where(norms > 0, norms.max() / norms, 0)
-        return factors.to(rows.dtype) @ current
+        return to_longest(current.double().norm(dim=1)).to(rows.dtype) @ current
 
     def private_weights(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return log_weights(losses, self, present)

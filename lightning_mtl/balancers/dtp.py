@@ -28,8 +28,8 @@ class DTP(LossBalancer):
     Update: no fixed scale; heads are weighted. A weight is >= 0; 1 until the task's metric is known, 0 at a metric of
     1, and 6.9 at most (metrics below 0.001 count as 0.001).
     Raises: ``ValueError`` if an argument is out of range or a metric does not lie in [0, 1].
-    Paper: Guo et al., ECCV 2018, section 3 (task-level prioritisation only). The defaults of ``gamma`` and
-    ``smoothing`` are ours.
+    Paper: Guo et al., "Dynamic Task Prioritization for Multitask Learning", ECCV 2018 (task-level prioritisation only).
+    The defaults of ``gamma`` and ``smoothing`` are ours.
 
     Example:
         >>> import torch

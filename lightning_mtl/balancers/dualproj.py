@@ -44,10 +44,9 @@ class DualProj(GramBalancer):
         every_n_steps: int = 1,
     ) -> None:
         super().__init__(num_tasks, every_n_steps)
-        self._mean = preference is None
         self._setting("preference", preference, 1.0)
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
-        preference = self.preference[tasks].numpy() / (len(norms) if self._mean else 1)
+        preference = self._or_equal_shares("preference", tasks).numpy()
         return torch.from_numpy(divided(project_on_dual_cone(unit, (preference * norms)[None])[0], norms))

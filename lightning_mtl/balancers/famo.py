@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
 from lightning_mtl.checks import check_number
-from lightning_mtl.linalg import adam_step, log_losses, one_or_nan
+from lightning_mtl.linalg import adam_step, one_or_nan
 
 _MOVING = ("logits", "first_moment", "second_moment", "updates")
 
@@ -65,16 +65,13 @@ class FAMO(LossBalancer):
         check_number(gamma, "gamma", self, low=0.0)
         check_number(lr, "lr", self, low=0.0, exclusive=True)
         self.gamma, self.lr = gamma, lr
-        self._looked = False
         for name in _MOVING:
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("last_logs", torch.full((num_tasks,), float("nan"), dtype=torch.float64))
         self._setting("min_losses", min_losses, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        above = losses.detach().double() - self.min_losses[tasks]
-        logs = log_losses(above, self, "min_losses", first=not self._looked)
-        self._looked = True
+        logs = self._log_above(losses.detach().double(), tasks, "min_losses")
         weights = torch.softmax(self._moved(logs, tasks)[0] - logs, 0) * one_or_nan(losses)
         return losses @ weights.to(losses.dtype)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
-from lightning_mtl.linalg import log_losses, one_or_nan
+from lightning_mtl.linalg import one_or_nan
 
 
 class GeometricMean(LossBalancer):
@@ -27,7 +27,7 @@ class GeometricMean(LossBalancer):
     number of present ones.
     Raises: ``ValueError`` if an offset or its task name is wrong, or a loss is not above its offset (on the CPU in
     any step, elsewhere in the first).
-    Paper: Chennupati et al., CVPR Workshops 2019, arXiv:1904.08492, section 3; the offset is ours.
+    Paper: Chennupati et al., CVPR Workshops 2019, arXiv:1904.08492; the offset is ours.
 
     Example:
         >>> import torch
@@ -41,11 +41,7 @@ class GeometricMean(LossBalancer):
         self, num_tasks: int, loss_offset: float | Sequence[float] | Mapping[str, float] | None = None
     ) -> None:
         super().__init__(num_tasks)
-        self._looked = False
         self._setting("loss_offset", loss_offset, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        above = losses - self.loss_offset[tasks].to(losses.dtype)
-        logs = log_losses(above, self, "loss_offset", first=not self._looked)
-        self._looked = True
-        return logs.mean().exp() * one_or_nan(losses)
+        return self._log_above(losses, tasks, "loss_offset").mean().exp() * one_or_nan(losses)

@@ -12,8 +12,6 @@ from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import bad_argument, check_choice, check_number
 from lightning_mtl.linalg import adam_step
 
-_SETTINGS = {"loss_offset": 0.0, "initial_losses": float("nan")}
-
 
 class GradNorm(GramBalancer):
     r"""Move each task's weighted gradient norm towards one that fits its training rate.
@@ -70,32 +68,27 @@ class GradNorm(GramBalancer):
         check_number(lr, "lr", self, low=0.0, exclusive=True)
         check_choice(norms_at, ("last_layer", "shared"), "norms_at", self)
         self.alpha, self.lr, self.gram_at = alpha, lr, norms_at
-        given = {"loss_offset": loss_offset, "initial_losses": initial_losses}
-        self._given = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        self._setting("loss_offset", loss_offset, 0.0)
+        self._initial = dict(initial_losses) if isinstance(initial_losses, Mapping) else initial_losses
         for name in ("first_moment", "second_moment", "updates"):
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("task_weights", torch.ones(num_tasks, dtype=torch.float64))
-        offset, initial = self._resolve()
-        self.register_buffer("loss_offset", offset, persistent=False)
-        self.register_buffer("initial_losses", initial)
+        self.register_buffer("initial_losses", self._given_losses())
 
     def bind(self, names: Sequence[str]) -> None:
         super().bind(names)
-        for name, value in zip(_SETTINGS, self._resolve(), strict=True):
-            if isinstance(self._given[name], dict):
-                old = self.get_buffer(name)
-                # What a checkpoint or a step has brought already stays.
-                old.copy_(torch.where(old.isnan(), value, old) if name == "initial_losses" else value)
+        given = self._given_losses()
+        if isinstance(self._initial, dict):
+            # What a checkpoint or a step has brought already stays.
+            self.initial_losses.copy_(torch.where(self.initial_losses.isnan(), given, self.initial_losses))
 
-    def _resolve(self) -> list[Tensor]:
-        values = [self._by_task(self._given[name], default, name, float) for name, default in _SETTINGS.items()]
-        offset, initial = (torch.tensor(value, dtype=torch.float64) for value in values)
-        if not bool(torch.isfinite(offset).all()):
-            raise bad_argument(self, "loss_offset", "be finite", values[0], "Pass a lower bound of the losses")
-        early = self.names is None and isinstance(self._given["loss_offset"], dict)  # asked again when names are known
-        if not early and bool((initial <= offset).any()):  # NaN: not given
-            raise bad_argument(self, "initial_losses", "lie above the offset", values[1], "Pass a lower loss_offset=")
-        return [offset, initial]
+    def _given_losses(self) -> Tensor:
+        values = self._by_task(self._initial, float("nan"), "initial_losses", float)
+        given = torch.tensor(values, dtype=torch.float64)
+        early = self.names is None and isinstance(self._settings["loss_offset"][0], dict)  # asked again with the names
+        if not early and bool((given <= self.loss_offset).any()):  # NaN: not given
+            raise bad_argument(self, "initial_losses", "lie above the offset", values, "Pass a lower loss_offset=")
+        return given
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         used, norms = self.task_weights[tasks].clone(), gram.diagonal().clamp(min=0).sqrt()

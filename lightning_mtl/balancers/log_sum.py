@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
-from lightning_mtl.linalg import log_losses, one_or_nan
+from lightning_mtl.linalg import one_or_nan
 
 
 class LogSum(LossBalancer):
@@ -39,11 +39,7 @@ class LogSum(LossBalancer):
         self, num_tasks: int, loss_offset: float | Sequence[float] | Mapping[str, float] | None = None
     ) -> None:
         super().__init__(num_tasks)
-        self._looked = False
         self._setting("loss_offset", loss_offset, 0.0)
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        above = losses - self.loss_offset[tasks].to(losses.dtype)
-        logs = log_losses(above, self, "loss_offset", first=not self._looked)
-        self._looked = True
-        return logs.sum() * one_or_nan(losses)
+        return self._log_above(losses, tasks, "loss_offset").sum() * one_or_nan(losses)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import RowBalancer, Tasks
 from lightning_mtl.checks import check_choice, check_number
-from lightning_mtl.linalg import gram, project_on_simplex, proportions
+from lightning_mtl.linalg import gram, onto_simplex, proportions
 
 
 class MoCo(RowBalancer):
@@ -74,10 +74,7 @@ class MoCo(RowBalancer):
         weights, total = proportions(self.task_weights[tasks])
         slope = (gram(current) + self.rho * torch.eye(len(weights), device=rows.device)) @ weights
         moved = weights - self.gamma / (int(self.step) + 1) ** self.gamma_decay * slope
-        if self.projection == "softmax":
-            moved = moved.softmax(0)
-        else:
-            moved = torch.from_numpy(project_on_simplex(moved.numpy(force=True))).to(moved)
+        moved = onto_simplex(moved, self.projection)
         # Absent tasks keep their share.
         self.task_weights[tasks] = moved * total
         self.last_weights[tasks] = moved

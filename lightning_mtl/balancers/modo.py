@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, Tasks
 from lightning_mtl.checks import check_choice, check_number
-from lightning_mtl.linalg import cross_gram, project_on_simplex, proportions
+from lightning_mtl.linalg import cross_gram, onto_simplex, proportions
 
 
 class MoDo(GramBalancer):
@@ -61,10 +61,7 @@ class MoDo(GramBalancer):
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         weights, total = proportions(self.task_weights[tasks])
         moved = weights - self.gamma * (cross_gram(gram) @ weights + self.rho * weights)
-        if self.projection == "softmax":
-            moved = moved.softmax(0)
-        else:
-            moved = torch.from_numpy(project_on_simplex(moved.numpy()))
+        moved = onto_simplex(moved, self.projection)
         # Absent tasks keep their share.
         self.task_weights[tasks] = moved * total
         return moved

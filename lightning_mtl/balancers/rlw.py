@@ -27,7 +27,7 @@ class RLW(LossBalancer):
     weights. All ``T`` weights are drawn in every step; those of the present tasks are divided by their sum. Every
     order of the tasks is as probable as any other.
     Raises: ``ValueError`` if the law is unknown or the seed is no integer >= 0.
-    Paper: Lin et al., TMLR 2022, arXiv:2111.10603, section 3. It tries more laws, with similar results.
+    Paper: Lin et al., TMLR 2022, arXiv:2111.10603. It tries more laws, with similar results.
 
     Example:
         >>> import torch

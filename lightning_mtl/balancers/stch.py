@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import ALL, LossBalancer, Tasks
 from lightning_mtl.checks import bad_argument, check_integer, check_number
-from lightning_mtl.linalg import log_losses, one_or_nan
+from lightning_mtl.linalg import one_or_nan
 
 
 class STCH(LossBalancer):
@@ -36,7 +36,7 @@ class STCH(LossBalancer):
     weighted. An absent task is left out. One without ``n_t`` after the warm-up takes its present loss for it.
     Raises: ``ValueError`` if an argument is out of range, or, with a warm-up, a loss is not above its reference (on the
     CPU in any step, elsewhere in the first).
-    Paper: Lin et al., ICML 2024, arXiv:2402.19078, section 3. Departures: its code takes ``n`` from one epoch more, and
+    Paper: Lin et al., ICML 2024, arXiv:2402.19078. Departures: its code takes ``n`` from one epoch more, and
     knows no preference after a warm-up.
 
     Example:
@@ -63,7 +63,7 @@ class STCH(LossBalancer):
         super().__init__(num_tasks)
         check_number(mu, "mu", self, low=0.0, exclusive=True)
         check_integer(warmup_epochs, "warmup_epochs", self, low=0)
-        self.mu, self.warmup_epochs, self._looked = mu, warmup_epochs, False
+        self.mu, self.warmup_epochs = mu, warmup_epochs
         self._setting("preference", preference, 1.0)
         self._setting("reference", reference, 0.0)
         for name, start in (("nadir", float("nan")), ("loss_sums", 0.0), ("loss_counts", 0.0)):
@@ -71,12 +71,11 @@ class STCH(LossBalancer):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.long))
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        above = losses.double() - self.reference[tasks]
         share = self.preference[tasks] / self.preference[tasks].sum()
         if self.warmup_epochs == 0:
+            above = losses.double() - self.reference[tasks]
             return (self.mu * torch.logsumexp(share * above / self.mu, 0) * one_or_nan(losses)).to(losses.dtype)
-        logs = log_losses(above, self, "reference", first=not self._looked)
-        self._looked = True
+        logs = self._log_above(losses.double(), tasks, "reference")
         nadir = self.nadir[tasks].log()
         ratios = logs - torch.where(nadir.isnan(), logs.detach(), nadir)
         smooth = len(logs) * self.mu * torch.logsumexp(len(logs) * share * ratios / self.mu, 0)

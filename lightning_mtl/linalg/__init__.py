@@ -14,9 +14,11 @@ from lightning_mtl.linalg.gram import cosines as cosines
 from lightning_mtl.linalg.gram import cross_gram as cross_gram
 from lightning_mtl.linalg.gram import gram as gram
 from lightning_mtl.linalg.gram import gram_of_parts as gram_of_parts
+from lightning_mtl.linalg.gram import to_longest as to_longest
 from lightning_mtl.linalg.logs import log_losses as log_losses
 from lightning_mtl.linalg.logs import log_weights as log_weights
 from lightning_mtl.linalg.logs import one_or_nan as one_or_nan
+from lightning_mtl.linalg.onto_simplex import onto_simplex as onto_simplex
 from lightning_mtl.linalg.orders import random_orders as random_orders
 from lightning_mtl.linalg.simplex import min_norm as min_norm
 from lightning_mtl.linalg.simplex import project_on_simplex as project_on_simplex

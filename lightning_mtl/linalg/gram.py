@@ -89,6 +89,11 @@ def cosines(gram: Tensor) -> Tensor:
     return result.clamp(-1, 1)
 
 
+def to_longest(norms: Tensor) -> Tensor:
+    """Factors that make every row as long as the longest; 0 for a row of norm 0. Shapes: ``[T]`` -> ``[T]``."""
+    return torch.where(norms > 0, norms.max() / norms, 0)
+
+
 def conflict(gram: Tensor) -> float:
     """Share of the task pairs whose gradients have a negative inner product; 0 for a single task.
 

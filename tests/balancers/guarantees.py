@@ -184,7 +184,7 @@ def one_line(problem: Problem, weights: Array, oriented: bool) -> Residuals:
         return
     aim = right[:kept].T @ (seen / singular[:kept])
     aim /= np.linalg.norm(aim)
-    sign = 1.0 if oriented and kept == problem.num_tasks else np.sign(update @ aim)
+    sign = np.sign((problem.rows @ aim).sum() if oriented else update @ aim)
     yield "angle to least squares", float(np.linalg.norm(update / length - sign * aim))
 
 

@@ -107,7 +107,7 @@ def stch_of_ratios(losses: Tensor, nadir: Sequence[float], mu: float) -> Tensor:
 
 
 def cosmos(losses: Tensor, preference: Sequence[float], strength: float) -> Tensor:
-    """Weighted sum minus cosine, arXiv:2103.12868."""
+    """Weighted sum minus cosine, arXiv:2103.13392."""
     inner = sum(r * loss for r, loss in zip(preference, losses, strict=True))
     lengths = math.sqrt(sum(r * r for r in preference)) * torch.sqrt(sum(loss * loss for loss in losses))
     return inner - strength * inner / lengths

@@ -1,15 +1,14 @@
 """Two processes with half of each batch end where one process with the whole batches ends."""
 
-from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
 import torch
 
+from tests.distributed.equality import BAR, assert_parameters_equal, assert_states_equal, distance, single
 from tests.distributed.runs import Run
 from tests.nets import BALANCERS, GRAM_BALANCERS, LEVELS
 
-BAR = 1e-6
 LABELS = ("one_rank", "nowhere", "uneven", "silent", "empty")
 EVERY_2 = ("pcgrad_every_2", "gradnorm_every_2")
 # A loss balancer takes no rows: outside the full grid it is run at one level.
@@ -60,26 +59,14 @@ RUNS = [
 ]
 
 
-def distance(ours, theirs):
-    """The largest difference of two vectors; infinite if something is not a number."""
-    return (ours - theirs).abs().nan_to_num(nan=torch.inf).max().item()
-
-
-def single(run):
-    return replace(run, ddp="plain")
-
-
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_parameters_equal_one_process(run, together, alone):
-    one = alone(single(run))["network"]
-    assert max(distance(each["network"], one) for each in together(run)) <= BAR
+    assert_parameters_equal(run, together, alone)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_balancer_state_equals_one_process(run, together, alone):
-    one = alone(single(run))["balancer"]
-    for each in together(run):
-        torch.testing.assert_close(each["balancer"], one, rtol=BAR, atol=BAR, equal_nan=True)
+    assert_states_equal(run, together, alone)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)

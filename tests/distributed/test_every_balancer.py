@@ -1,15 +1,12 @@
 """Every balancer: two processes with half of each batch end where one process with the whole batches ends."""
 
-from dataclasses import replace
-
 import pytest
 
 from lightning_mtl.balancers import GramBalancer, LossBalancer, available, load
+from tests.distributed.equality import assert_parameters_equal, assert_states_equal
 from tests.distributed.runs import OVERFLOW, Run
-from tests.distributed.test_equals_one_process import distance
 from tests.nets import BALANCERS
 
-BAR = 1e-6
 # Those of the other files of this folder are left out; a loss balancer takes no rows, so that one level will do.
 NEW = {key: load(key, 3) for key in available() if key not in BALANCERS}
 PLACES = [
@@ -35,25 +32,14 @@ RUNS = [
 HALF = [Run(key, level, do="half", labels="inf", steps=4) for key, level in PLACES]
 
 
-def single(run):
-    return replace(run, ddp="plain")
-
-
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_parameters_equal_one_process(run, together, alone):
-    one = alone(single(run))["network"]
-    assert max(distance(each["network"], one) for each in together(run)) <= BAR
+    assert_parameters_equal(run, together, alone)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_balancer_state_equals_one_process(run, together, alone):
-    one = alone(single(run))["balancer"]
-    # State at level "features" is that of each process's own rows only where a method keeps none of them.
-    for each in together(run):
-        assert each["balancer"].keys() == one.keys()
-        for name, value in one.items():
-            ours, theirs = each["balancer"][name].double().nan_to_num(-7), value.double().nan_to_num(-7)
-            assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max())), name
+    assert_states_equal(run, together, alone, bar=1e-5)
 
 
 @pytest.mark.parametrize("run", HALF, ids=str)

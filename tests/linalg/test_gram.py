@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl.linalg import conflict, cosines, gram, gram_of_parts
+from lightning_mtl.linalg import conflict, cosines, gram, gram_of_parts, to_longest
 
 # How far a gram may be from the exact one, relative to the norms of its two rows.
 BARS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-14, torch.float16: 1e-14}
@@ -144,3 +144,11 @@ def test_a_row_of_zeros_and_one_that_is_not_finite_pass():
     torch.testing.assert_close(gram(rows), rows.double() @ rows.double().T, rtol=1e-6, atol=1e-4)
     rows[2, 5] = torch.nan
     assert gram(rows)[2].isnan().any()
+
+
+def test_to_longest():
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [0.3, 0.4]], dtype=torch.float64)
+    factors = to_longest(rows.norm(dim=1))
+    assert (factors[:, None] * rows).norm(dim=1).tolist() == pytest.approx([5, 0, 5, 5])
+    assert factors[1] == 0
+    assert to_longest(torch.zeros(2)).tolist() == [0, 0]

@@ -92,6 +92,11 @@ class Balancer(nn.Module):
         self._settings[name] = (dict(given) if isinstance(given, Mapping) else given), default, low, high
         self.register_buffer(name, self._setting_values(name), persistent=False)
 
+    def _or_equal_shares(self, name: str, tasks: Tasks) -> Tensor:
+        """A setting of the present tasks; one over their number each where it was not given. Shapes: -> ``[P]``."""
+        values = self.get_buffer(name)[tasks]
+        return values / len(values) if self._settings[name][0] is None else values
+
     def _setting_values(self, name: str) -> Tensor:
         given, default, low, high = self._settings[name]
         values = torch.tensor(self._by_task(given, default, name, float), dtype=torch.float64)

@@ -15,6 +15,7 @@ from lightning_mtl.checks import (
     check_present,
     check_rows,
 )
+from lightning_mtl.linalg import log_losses
 
 
 class LossBalancer(Balancer):
@@ -32,6 +33,7 @@ class LossBalancer(Balancer):
     indifferent_to_absent: ClassVar[bool] = False
     #: Whether buffers stay on the CPU, such as a counter that seeds a generator there.
     state_on_cpu: ClassVar[bool] = False
+    _looked = False
 
     @abstractmethod
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
@@ -100,6 +102,16 @@ class LossBalancer(Balancer):
         weights = self.weights(losses, present).to(rows.dtype)
         self.advance(losses, present)
         return weights @ rows
+
+    def _log_above(self, losses: Tensor, tasks: Tasks, bound: str) -> Tensor:
+        """The logarithms of the losses above the setting ``bound``, checked as in :func:`log_losses`.
+
+        Shapes: losses ``[P]`` -> ``[P]`` in their dtype.
+        """
+        above = losses - self.get_buffer(bound)[tasks].to(losses.dtype)
+        logs = log_losses(above, self, bound, first=not self._looked)
+        self._looked = True
+        return logs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossBalancer:
         before = dict(self._buffers)
