@@ -39,7 +39,9 @@ def fair_weights(gram: Array, power: float) -> Array:
     if not there.any():
         return weights
     unit, norms = unit[there][:, there], norms[there]
-    weights[there] = _weights(unit, norms, power)
+    # With a power far from 1 a point that is tried may overflow; it is then no nearer than the one before.
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        weights[there] = _weights(unit, norms, power)
     return weights
 
 

@@ -83,3 +83,15 @@ def test_towards_alpha_infinity_it_is_the_direction_of_the_largest_least_gain():
     updates = [FairGrad(4, alpha=alpha).combine(given, torch.ones(4)) for alpha in (1.0, 10.0, 100.0)]
     away = [1 - float(update @ shortest / update.norm() / shortest.norm()) for update in updates]
     assert away[2] < 0.1 * away[1] < 0.01 * away[0]
+
+
+@pytest.mark.parametrize("alpha", [1000.0, 100.0, 10.0])
+def test_a_large_alpha_is_finite_and_silent(alpha):
+    """Points that are tried on the way overflow: warnings are errors in this suite."""
+    for seed in range(40):
+        random = torch.Generator().manual_seed(seed)
+        lengths = torch.logspace(0, seed % 4, 7, dtype=torch.float64)
+        task_rows = torch.randn(7, 1 + seed % 9, generator=random, dtype=torch.float64) * lengths[:, None]
+        weights = FairGrad(7, alpha=alpha)(task_rows @ task_rows.T, torch.ones(7))
+        assert torch.isfinite(weights).all()
+        assert (weights > 0).all()
