@@ -69,7 +69,9 @@ def balanced_loss(
 
 def _with_own(loss: Tensor, step: Step, balancer: Balancer, num_tasks: int) -> Tensor:
     """The loss, whose backward also reaches the parameters that the balancer itself learns."""
-    if isinstance(balancer, GramBalancer) and any(parameter.requires_grad for parameter in balancer.parameters()):
+    if not isinstance(balancer, GramBalancer) or type(balancer).own_objective is GramBalancer.own_objective:
+        return loss
+    if any(parameter.requires_grad for parameter in balancer.parameters()):
         own = balancer.own_objective(global_losses(step, num_tasks), step.present)
         # Its value is not part of the losses, its gradient is.
         return loss if own is None else loss + (own - own.detach()).to(loss)
