@@ -46,7 +46,7 @@ def test_every_page_is_measured():
 
 def test_no_result_is_stored_in_vain():
     assert STORED
-    assert STORED == sorted({record.file_of(found["arguments"]) for _, found in MEASURED})
+    assert {record.file_of(found["arguments"]) for _, found in MEASURED} == set(STORED)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in NOT_MEASURED], ids=ids)
@@ -83,7 +83,7 @@ def test_the_fast_commands_run(line, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     assert main(shlex.split(line)[1:]) == 0
-    assert list(tmp_path.glob("logs/*/version_0/metrics.csv")) or list(tmp_path.glob("**/metrics.csv"))
+    assert list(tmp_path.rglob("metrics.csv"))
 
 
 def test_every_page_has_a_fast_command():

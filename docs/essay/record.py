@@ -60,7 +60,8 @@ def measure(arguments: str) -> dict[str, Any]:
         "command": f"lightning-mtl run {arguments}",
         "date": date.today().isoformat(),
         "seconds": round(time.process_time() - started),
-        "versions": {text: version(text) for module, text in PACKAGES.items() if module in sys.modules},
+        # Without the build, as in 2.13.0+cpu.
+        "versions": {text: version(text).partition("+")[0] for name, text in PACKAGES.items() if name in sys.modules},
         "tables": tables,
     }
 
