@@ -224,6 +224,22 @@ PAIRS = {  # which arms the reading sets against each other
 }
 
 
+TESTS = ("first against second", "subset", "better in", "p", "hamming", "better in", "p")
+
+
+def tests(arms: Scores, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """One row per pair of arms that are both there, with the columns ``TESTS``."""
+    rows = []
+    for first, second in pairs:
+        if second in arms:
+            row = [f"{first} against {second}"]
+            for score in ("subset", "hamming"):
+                test = paired(arms[first][score], arms[second][score], "high" if score == "subset" else "low")
+                row += [f"{100 * test.gain:+.1f}", f"{test.wins}/{test.seeds}", f"{test.p:.0e}"]
+            rows.append(row)
+    return rows
+
+
 def digit_attributes(
     kind: Literal["multilabel", "multiclass"] = "multilabel", seeds: int = 30, steps: int = 200, out: Path | None = None
 ) -> dict[str, Scores]:
@@ -244,14 +260,8 @@ def digit_attributes(
     for axes, (title, arms) in zip(panels, found.items(), strict=True):
         rows = [[arm, *(mean_sd(values) for values in score.values())] for arm, score in arms.items()]
         console.print(report.table(title, ["arm", "hamming", "subset", "macro F1"], rows))
-        for first, second in PAIRS[kind]:
-            if second in arms:
-                for score in ("subset", "hamming"):
-                    test = paired(arms[first][score], arms[second][score], "high" if score == "subset" else "low")
-                    console.print(
-                        f"{score}, {first} against {second}: {100 * test.gain:+.1f} points (plus is better), "
-                        f"better in {test.wins} of {test.seeds}, p = {test.p:.1g}"
-                    )
+        compared = "Wilcoxon signed-rank over seeds; in points, plus is better"
+        console.print(report.table(compared, TESTS, tests(arms, PAIRS[kind])))
         names = {arm.replace(", ", ",\n").replace(" of ", "\nof "): score["subset"] for arm, score in arms.items()}
         report.dots(axes, names, "subset accuracy")
         axes.set_title(title, loc="left", fontsize=10)

@@ -188,19 +188,26 @@ def measure(
 # What came out
 
 
-def reading(found: dict[str, Scores], learned: dict[str, Tensor]) -> list[str]:
-    """Each arm against the one before it, and how well the matrix was found, in words."""
-    lines, pairs = [], torch.ones(T, T).triu(1).bool()
+def tests(found: dict[str, Scores]) -> list[list[str]]:
+    """A row per truth and arm, against the arm that it adds something to: difference, wins and p of two scores."""
+    rows = []
     for name, arms in found.items():
         for first, second in (("shared encoder", "own encoder"), ("coregional", "shared encoder")):
+            row = [f"{name}: {first} against {second}"]
             for score in ("rmse", "nlpd"):
                 test = paired(arms[first][score], arms[second][score])
-                wins = f"better in {test.wins} of {test.seeds}, p {test.p:.0e}"
-                lines.append(f"{name}: {first} against {second}: {score} {-test.gain:+.3f}, {wins}")
+                row += [f"{-test.gain:+.3f}", f"{test.wins}/{test.seeds}", f"{test.p:.0e}"]
+            rows.append(row)
+    return rows
+
+
+def distances(learned: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """How far the correlation of two tasks is from the true one, in the mean over all pairs of tasks."""
+    rows, pairs = [], torch.ones(T, T).triu(1).bool()
+    for name, found in learned.items():
         true = CORRELATION if name == "correlated" else torch.eye(T)
-        off = (learned[name] - true)[:, pairs].abs().mean(1)
-        lines.append(f"{name}: mean distance of a learned correlation from the true one: {mean_sd(off)}")
-    return lines
+        rows.append((name, mean_sd((found - true)[:, pairs].abs().mean(1))))
+    return rows
 
 
 def matrix(axes: Axes, learned: Tensor) -> None:
@@ -235,11 +242,14 @@ def multitask_gp(seeds: int = 30, rows: int = 15, steps: int = 100, out: Path | 
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_ylim(0, 1.05 * max(float(score["rmse"].max()) for kind in found.values() for score in kind.values()))
     matrix(panels[-1], learned["correlated"])
-    columns = {f"{name}/{arm}/{s}": v for name, arms in found.items() for arm in arms for s, v in arms[arm].items()}
-    folder = report.log("multitask_gp", {name: float(values.mean()) for name, values in columns.items()})
-    report.write(folder / "scores.csv", columns)
+    values = {f"{name}/{arm}/{s}": v for name, arms in found.items() for arm in arms for s, v in arms[arm].items()}
+    folder = report.log("multitask_gp", {name: float(value.mean()) for name, value in values.items()})
+    report.write(folder / "scores.csv", values)
     report.save(figure, folder / "rmse.png", out)
-    console.print("\n".join(reading(found, learned)))
+    columns = ("first against second", "rmse", "better in", "p", "nlpd", "better in", "p")
+    console.print(report.table("Wilcoxon signed-rank over seeds, minus is better", columns, tests(found)))
+    title = "Distance of a learned correlation from the true one, coregional"
+    console.print(report.table(title, ("truth", "distance"), distances(learned)))
     console.print(f"figure   {folder / 'rmse.png'}\nscores   {folder / 'scores.csv'}")
     console.print(f"{time.perf_counter() - started:.0f} s in all")
     return found

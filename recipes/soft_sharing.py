@@ -146,7 +146,7 @@ def table(risks: Risks, seeds: int) -> Table:
             text = mean_sd(risk) + p
             cells.append(f"[bold]{text}[/bold]" if OWN.get(name) == method else text)
         rows.append(cells)
-    title = f"soft_sharing: |W - W*|^2 / |W*|^2, mean ±deviation over {seeds} seeds, p against independent (Wilcoxon)"
+    title = f"Relative excess risk: mean ±deviation over {seeds} seeds, p against independent (Wilcoxon)"
     return report.table(title, ["truth", *METHODS], rows)
 
 

@@ -8,8 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LAB = "_lab"  # beside the recipes: what several of them share
-
 
 class RecipeError(ValueError):
     """A recipe that is not there, or a place that it cannot be copied to."""
@@ -39,12 +37,15 @@ class Recipe:
 
     @property
     def shared(self) -> list[Path]:
-        """The files of ``_lab/`` beside it if it imports from there: what several recipes share."""
-        tree = ast.parse(self.path.read_text(encoding="utf-8"))
-        modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        if not any(name.partition(".")[0] == LAB for name in modules):
-            return []
-        return sorted((self.path.parent / LAB).glob("*.py"))
+        """The files of the folders ``_*`` beside it that it imports from, or that those files import from."""
+        found: set[Path] = set()
+        unread = {self.path}
+        while unread:
+            names = _imported_from(unread.pop())
+            files = {file for name in names if name[0] == "_" for file in (self.path.parent / name).glob("*.py")}
+            unread |= files - found
+            found |= files
+        return sorted(found)
 
 
 def make_importable(path: Path) -> None:
@@ -88,9 +89,10 @@ def copy(recipe: Recipe, destination: str | Path, *, force: bool = False) -> lis
     target = Path(destination)
     plan = {recipe.path: target / recipe.path.name}
     plan |= {config: target / "configs" / config.name for config in recipe.configs}
-    plan |= {shared: target / LAB / shared.name for shared in recipe.shared}
+    shared = {source: target / source.parent.name / source.name for source in recipe.shared}
+    plan |= shared
     # A second recipe copied to the same place brings the same shared files.
-    same = {path for source, path in plan.items() if path.parent.name == LAB and _equal(source, path)}
+    same = {path for source, path in shared.items() if _equal(source, path)}
     taken = [str(path) for path in plan.values() if path.exists() and path not in same]
     if taken and not force:
         raise RecipeError(
@@ -102,6 +104,14 @@ def copy(recipe: Recipe, destination: str | Path, *, force: bool = False) -> lis
         if not (path.exists() and path.samefile(source)):
             shutil.copyfile(source, path)
     return list(plan.values())
+
+
+def _imported_from(path: Path) -> set[str]:
+    """The first words of all ``from a.b import c`` in this file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {
+        node.module.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+    }
 
 
 def _equal(source: Path, path: Path) -> bool:

@@ -1,6 +1,9 @@
 """Each mechanism shows in a short form of its own study, and the statistics are those of the books."""
 
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +46,8 @@ def test_overfit_a_small_shared_net_beats_the_best_single_one():
     study = recipe.overfit(seeds=14, sizes=(4, 16))
     assert study.tests[next(name for name in study.tests if name.startswith("8 tasks, h=4 against"))].better(0.01)
     assert study.tests["8 tasks, h=4, gap at the end against 1 task, h=4, gap at the end"].better(0.01)
+    # It is what the tasks say that helps, not that there are eight outputs.
+    assert study.scores["8 tasks, h=4"].mean() < 0.75 * study.scores["shuffled, h=4"].mean()
 
 
 def test_bias1_together_both_take_the_shared_cue():
@@ -153,7 +158,14 @@ def test_shuffled_moves_rows_and_loses_none():
 
 def test_cp_brings_what_the_recipe_shares(tmp_path, capsys):
     copied = folder.copy(RECIPE, tmp_path / "mine")
-    assert (tmp_path / "mine" / "_lab" / "seeds.py") in copied
+    # Its own folder, and what the files of that folder import from.
+    assert {path.parent.name for path in copied} == {"mine", "_caruana", "_lab"}
+    code = "import pathlib, sys; from lightning_mtl.cli import compare; compare.load(pathlib.Path('mine/caruana.py'))"
+    show = "print(*(file.__file__ for name, file in sys.modules.items() if name.startswith(('_caruana', '_lab'))))"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {show}"], capture_output=True, text=True, check=True)
+    loaded = {Path(file) for file in done.stdout.split()}
+    assert tmp_path / "mine" / "_caruana" / "bias1.py" in loaded
+    assert loaded < set(copied)
     # Another recipe may come to the same place, a changed file is not overwritten.
     (tmp_path / "mine" / "caruana.py").unlink()
     folder.copy(RECIPE, tmp_path / "mine")

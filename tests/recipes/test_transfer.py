@@ -37,6 +37,8 @@ def test_a_frozen_trunk_beats_scratch_and_an_untrained_one_does_not(rows):
     raw = recipe.source_net(source, SEEDS, steps=0)
     trunk = {name: value.clone() for name, value in learned.trunk.state_dict().items()}
     scratch = recipe.accuracy(recipe.with_trunk(learned, few, 120, trunk_lr=0.01, trunk=False), test)
+    start = recipe.with_trunk(learned, few, 0, trunk_lr=0.01, trunk=False).trunk.state_dict()
+    assert not any(torch.equal(value, trunk[name]) for name, value in start.items())
     net = recipe.with_trunk(learned, few, 120, trunk_lr=0)
     assert all(torch.equal(value, trunk[name]) for name, value in net.trunk.state_dict().items())
     frozen = recipe.accuracy(net, test)
