@@ -239,7 +239,7 @@ def measure(seeds: int, seed: int = 0, flipped: float = 0.1, only: Sequence[str]
 
 def table(found: dict[str, Found], seeds: int) -> Table:
     """One row per case."""
-    columns = ["case", "alone", "joint", "shuffled", "gain", "p", "shuffle\ntest p", "cosine\nearly", "\nall"]
+    columns = ["case", "alone", "joint", "shuffled", "gain", "p", "shuffle\ntest p", "cosine,\nearly", "cosine,\nall"]
     rows = []
     for name, case in found.items():
         errors = [mean_sd(arm) for arm in (case.alone, case.joint, case.shuffled)]

@@ -72,7 +72,7 @@ def shown(result: dict[str, Any]) -> str:
     parts = [f"`{result['command']}`, {result['date']}: CPU, {result['seconds']} s of one core, {versions}."]
     for table in result["tables"]:
         rows = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-        lines = [re.sub(r"\[/?bold\]", "**", f"| {' | '.join(row)} |") for row in rows]
+        lines = [re.sub(r"\[/?bold\]", "**", f"| {' | '.join(row)} |").replace("\n", " ") for row in rows]
         parts += [f"*{table['title']}*", "\n".join(lines)]
     return "\n\n".join(parts) + "\n\n"
 
