@@ -96,3 +96,26 @@ def test_every_page_has_a_fast_command():
 def test_the_map_names_every_recipe_and_no_other():
     named = re.findall(r"`lightning-mtl (?:run|compare) (\w+)", (ESSAY / "index.md").read_text())
     assert set(named) == {recipe.name for recipe in folder.recipes()}
+
+
+CHINESE = re.compile("[\u4e00-\u9fff]+")
+
+
+def test_the_glossary_has_the_terms_of_the_pages_and_no_other():
+    before, _, glossary = (ESSAY / "index.md").read_text().partition("## Glossary")
+    used = before + "".join(page.read_text() for page in PAGES if page.name != "index.md")
+    assert set(CHINESE.findall(glossary)) == set(CHINESE.findall(used))
+
+
+def test_each_idea_of_the_map_has_a_command_a_page_and_a_figure():
+    before, _, _ = (ESSAY / "index.md").read_text().partition("## Glossary")
+    rows = [line.split(" | ") for line in before.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 12
+    for _, _, command, links in rows:
+        assert re.fullmatch(r"`lightning-mtl (run|compare) [^`]+`", command)
+        page, figure = re.findall(r"\]\((\S+?)\)", links)
+        assert figure.endswith(".png")
+        assert (ESSAY / figure).is_file()
+        assert Path(figure).name in (ESSAY / page).read_text() or page == "../tasks.md"
+    pictures = {Path(figure).name for figure in re.findall(r"\((\S+?\.png)\)", before)}
+    assert pictures == {file.name for file in (ESSAY.parent / "images").glob("*.png")}
