@@ -271,7 +271,7 @@ def reading(found: dict[str, Found]) -> list[str]:
 
 def draw(found: dict[str, Found], file: Path, also: Path | None) -> None:
     """The gains of all seeds, and the mean gain of each case against its mean cosine."""
-    figure, panels = report.panels(3, "Gain over the main task alone, percent of its mean error; right: mean by cosine")
+    figure, panels = report.panels(3, "Gain over the main task alone, percent of its mean error; below: mean by cosine")
     for axes, world in zip(panels, ("made", "digits"), strict=False):
         mine = {name.partition(",")[0].replace(" ", "\n"): case for name, case in found.items() if world in name}
         report.dots(axes, {name: case.gains for name, case in mine.items()}, "gain, percent")
@@ -279,11 +279,13 @@ def draw(found: dict[str, Found], file: Path, also: Path | None) -> None:
         axes.set_title(world, loc="left", fontsize=10)
     axes = panels[2]
     for name, case in found.items():
-        place = float(case.early.mean()), float(case.gains.mean())
-        axes.plot(*place, "o" if "made" in name else "s", color=report.BLUE)
-        axes.annotate(name, place, xytext=(4, 3 if "made" in name else -9), textcoords="offset points", fontsize=7)
+        kind, _, world = name.partition(", ")
+        marker, colour = "o" if world == "made" else "s", f"C{(SAME, ASPECTS, HELPFUL, CONTROL).index(kind)}"
+        axes.plot(float(case.early.mean()), float(case.gains.mean()), marker, color=colour, label=name)
+    legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.1, 1.0), frameon=False)
+    legend.set_in_layout(False)  # it stands where a fourth panel would
+    axes.set_ylabel("mean gain, percent", fontsize=9)
     axes.set_xlabel("cosine, first tenth of training", fontsize=9)
-    axes.margins(x=0.3)
     axes.locator_params(axis="x", nbins=5)
     axes.spines[["top", "right"]].set_visible(False)
     report.save(figure, file, also)

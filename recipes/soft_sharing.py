@@ -192,6 +192,7 @@ def soft_sharing(seeds: int = 30, rows: int = 20, deviation: float = 0.6, out: P
         out: a further place for the figure.
     """
     started = time.perf_counter()
+    torch.set_num_threads(1)
     risks = measure(seeds, rows, deviation)
     columns = {f"{name}/{method}": risk for name, found in risks.items() for method, risk in found.items()}
     folder = report.log("soft_sharing", {name: float(risk.mean()) for name, risk in columns.items()})

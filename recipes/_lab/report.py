@@ -53,11 +53,15 @@ def console() -> Console:
 
 
 def panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """A figure with this many panels side by side."""
-    figure = Figure(figsize=(0.8 + 4.2 * count, 3.4), layout="constrained")
+    """A figure with this many panels, two in a row: as wide as a page that can still be read."""
+    columns, rows = min(count, 2), (count + 1) // 2
+    figure = Figure(figsize=(0.8 + 4.2 * columns, 0.3 + 3.1 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
 
 
 def dots(axes: Axes, arms: Mapping[str, Tensor], label: str) -> None:
@@ -88,6 +92,6 @@ def stacks(axes: Axes, arms: Mapping[str, tuple[int, int, int]], names: tuple[st
 
 def save(figure: Figure, file: Path, also: Path | None = None) -> None:
     """Write the figure as PNG, and a copy of it to a further place."""
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=130)
     if also is not None:
         shutil.copyfile(file, also)
