@@ -28,7 +28,7 @@ from _lab.stats import mean_sd, paired
 
 PIXELS, WIDTH, SOURCE, TEST = 64, 32, 800, 600
 SIZES = (20, 60)
-ARMS = ("scratch", "frozen trunk", "fine-tuned", "joint")
+ARMS = ("scratch", "frozen, untrained", "frozen trunk", "fine-tuned", "joint")
 
 Target = Literal["even", "prime", "ge5", "loop", "straight", "mult3"]
 Rows = tuple[Tensor, Tensor]  # input [S, N, 64], labels [S, N, K]
@@ -129,12 +129,14 @@ def accuracy(net: Net, test: Rows) -> Tensor:
 def study(target: str, seeds: int, steps: int) -> dict[int, dict[str, Tensor]]:
     """Number of labels -> arm -> test accuracy ``[S]``."""
     source, every, test = draw(range(seeds), target)
-    learned = source_net(source, seeds, steps)
+    learned, raw = source_net(source, seeds, steps), source_net(source, seeds, 0)
     found: dict[int, dict[str, Tensor]] = {}
     for size in SIZES:
         few = every[0][:, :size], every[1][:, :size]
         nets = {
             "scratch": with_trunk(learned, few, steps, trunk_lr=0.01, trunk=False),
+            # The control: if it helped to have fewer weights to learn, it would help here too.
+            "frozen, untrained": with_trunk(raw, few, steps, trunk_lr=0),
             "frozen trunk": with_trunk(learned, few, steps, trunk_lr=0),
             "fine-tuned": with_trunk(learned, few, steps, trunk_lr=0.001),
             "joint": joint_net(source, few, steps),
@@ -146,7 +148,7 @@ def study(target: str, seeds: int, steps: int) -> dict[int, dict[str, Tensor]]:
 def transfer(
     targets: Sequence[Target] = ("prime", "loop"), seeds: int = 30, steps: int = 300, out: Path | None = None
 ) -> dict[str, dict[int, dict[str, Tensor]]]:
-    """Learn five labels, then the one that was held out, from 20 and from 60 rows; compare four ways.
+    """Learn five labels, then the one that was held out, from 20 and from 60 rows; compare the arms.
 
     Args:
         targets: which labels are held out, one at a time.
