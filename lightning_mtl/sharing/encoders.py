@@ -149,10 +149,11 @@ def matching(
             "one parameter in several of them",
             "Copy the encoder for each task (copy.deepcopy)",
         )
-    unknown = [name for name in names or () if name not in each[0]]
+    known = list(each[0])  # a name that cannot be hashed is merely unknown
+    unknown = [name for name in names or () if name not in known]
     if unknown:
-        raise bad_argument("matching", "names", f"be among {listed(each[0])}", listed(unknown), "Correct the name")
-    return {name: [found[name] for found in each] for name in (each[0] if names is None else names)}
+        raise bad_argument("matching", "names", f"be among {listed(known)}", listed(unknown), "Correct the name")
+    return {name: [found[name] for found in each] for name in (known if names is None else names)}
 
 
 def _listed_modules(encoders: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
