@@ -25,7 +25,8 @@ from lightning_mtl import Balanced, MultiTaskModule, Task, TaskRegistry
 from lightning_mtl.balancers import Fixed, GradNorm, PCGrad, Uncertainty, load
 from lightning_mtl.callbacks import BalanceMonitor, ConflictHeatmap
 from lightning_mtl.metrics import delta_m
-from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, ReconstructionTask, RegressionTask
+from lightning_mtl.sharing import Constraint, Encoders, OwnFeatures, ProximalStep, mean_prox, penalty_of
+from lightning_mtl.tasks import ClassificationTask, CorNet, MultiLabelTask, ReconstructionTask, RegressionTask
 from tests.nets import WIDTH, loader, mlp, module, samples, sgd, three_tasks, trainer
 
 # Who (a class or function, a task in brackets), the argument in backticks, what was expected, what came, one sentence.
@@ -123,6 +124,11 @@ def compiled_too_early() -> None:
         lightning_mtl.backward({"a": a(z).sum(), "b": b(z).sum()}, PCGrad(2), features=z)
 
 
+def twins(make: Callable[[], nn.Module] = head) -> list[nn.Module]:
+    """Two encoders of one architecture."""
+    return [make(), make()]
+
+
 AT_ONCE = params(
     # Names and registries.
     ("no task", ValueError, "`tasks` must hold at least one task", lambda: multi({})),
@@ -170,6 +176,8 @@ AT_ONCE = params(
     ("one class", ValueError, "`num_classes` must be an integer >= 2, got 1", lambda: ClassificationTask(head(), 1)),
     ("no label", ValueError, "`num_labels` must be", lambda: MultiLabelTask(head(), 0)),
     ("labels as one string", ValueError, "got 'abc'", lambda: MultiLabelTask(head(3), "abc")),
+    ("labels of another number than the head's", ValueError, "`head` must have as many labels as the task, 3, got 4",
+     lambda: MultiLabelTask(CorNet(head(4), 4), 3)),
     ("label twice", ValueError, "got ['a', 'a']", lambda: MultiLabelTask(head(2), ["a", "a"])),
     ("unknown reduction", ValueError, "`reduction` must be one of 'sum', 'mean'",
      lambda: ReconstructionTask(head(8), reduction="max")),
@@ -251,6 +259,43 @@ AT_ONCE = params(
     ("monitor every 0 steps", ValueError, "`every_n_steps` must be an integer >= 1", lambda: BalanceMonitor(0)),
     ("heatmap every 0 epochs", ValueError, "`every_n_epochs` must be an integer >= 1", lambda: ConflictHeatmap(0)),
     ("delta m of other metrics", ValueError, "`base` must", lambda: delta_m({"a": 1.0}, {"b": 1.0}, {"a": True})),
+    ("delta m with a number as auxiliary", TypeError, "`auxiliary` must be a collection of some, and not all, of 'a'",
+     lambda: delta_m({"a": 1.0}, {"a": 1.0}, {"a": True}, auxiliary=3)),
+    ("delta m without auxiliary", TypeError, "got None",
+     lambda: delta_m({"a": 1.0}, {"a": 1.0}, {"a": True}, auxiliary=None)),
+    # Soft sharing.
+    ("encoders in a list", TypeError, "`encoders` must be a mapping of task names to encoders, got list",
+     lambda: Encoders(twins())),
+    ("encoder that is a number", TypeError, "`encoders['a']` must be an nn.Module, got int",
+     lambda: Encoders({"a": 3})),
+    ("encoder's name with a dot", ValueError, "`encoders` must have names without dot, slash or space",
+     lambda: Encoders({"a.b": head()})),
+    ("encoder's name that a module has", ValueError, "got 'items'", lambda: Encoders({"items": head()})),
+    ("encoders in a list, one a number", TypeError, "`encoders` must hold modules, got int",
+     lambda: penalty_of([head(), 3])),
+    ("head behind encoders that is a number", TypeError, "`head` must be an nn.Module, got int",
+     lambda: OwnFeatures("a", 3)),
+    ("head behind encoders without a name", TypeError, "`name` must be a string, got None",
+     lambda: OwnFeatures(None, head())),
+    ("penalty of a single encoder", ValueError, "`encoders` must be two or more", lambda: penalty_of([head()])),
+    ("penalty of no parameter by name", ValueError, "`names` must hold the name of one parameter at least, got []",
+     lambda: penalty_of(twins(), names=[])),
+    ("penalty of encoders without parameters", ValueError, "`encoders` must have a parameter",
+     lambda: penalty_of(twins(nn.Identity))),
+    ("penalty of inputs where there are none", ValueError, "`encoders` must have a weight of two dimensions or more",
+     lambda: penalty_of(twins(lambda: nn.LayerNorm(2)), "joint_features")),
+    ("constrained parameters as one string", TypeError, "`names` must be None or a list of names, got 'weight'",
+     lambda: ProximalStep(names="weight")),
+    ("proximal step on no parameter", ValueError, "`names` must hold the name of one parameter at least, got []",
+     lambda: ProximalStep(names=[])),
+    ("encoders themselves instead of their name", TypeError, "`encoders` must be the name of a part of the module",
+     lambda: ProximalStep(encoders=nn.ModuleList(twins()))),
+    ("constraint in a list", ValueError, "`constraint` must be one of 'mean'", lambda: ProximalStep(["mean"])),
+    ("constraint of numbers", TypeError, "`penalty` must be callable, got 1", lambda: Constraint(1, 2)),
+    ("constraint without a step", TypeError, "`prox` must be callable, got None",
+     lambda: Constraint(torch.linalg.norm, None)),
+    ("negative step in a tensor", ValueError, "`step` must be a finite number >= 0, got -0.5",
+     lambda: mean_prox(torch.ones(2, 2), torch.tensor(-0.5))),
     # The engine called by hand.
     ("backward with a balancer's name", TypeError, "`balancer` must be a Balancer, got 'pcgrad'",
      lambda: backward(balancer="pcgrad")),
@@ -285,6 +330,12 @@ def test_raised_at_once(kind, fragment, do):
 # --- 2. Known when the fit starts ------------------------------------------------------------------------------------
 
 
+def behind_encoders(*names: str, task: str = "a") -> tuple[MultiTaskModule, Any]:
+    """One task, whose head reads the encoder of the name ``task``."""
+    encoders = Encoders({name: mlp() for name in names})
+    return multi({"a": RegressionTask(OwnFeatures(task, head()))}, encoder=encoders), (X, {"a": SIZE})
+
+
 class Forgetful(MultiTaskModule):
     """Overrides ``configure_optimizers`` and leaves the balancer out, as a user might."""
 
@@ -302,6 +353,10 @@ AT_FIT_START = params(
         Forgetful(mlp(), three_tasks(), "uncertainty"), {})),
     ("balancer of Balanced in no parameter group", ValueError, "none for 'log_variance' of Uncertainty", lambda: (
         Written(balancer="uncertainty"), {})),
+    ("proximal step where there are no encoders", ValueError, "`encoders` must be an Encoders, a ModuleDict or a list",
+     lambda: (multi({"a": size_task()}, encoder=nn.Linear(8, WIDTH)), {"callbacks": [ProximalStep()]})),
+    ("proximal step on a single encoder", ValueError, "ProximalStep: `encoders` must be two or more",
+     lambda: (behind_encoders("a")[0], {"callbacks": [ProximalStep()]})),
 )  # fmt: skip
 
 
@@ -492,6 +547,12 @@ AT_FIRST_BATCH = params(
      lambda: whole((X, TARGETS), encoder=Checkpointed())),
     ("reentrant checkpoint before the last layer", ValueError, "use_reentrant=False",
      lambda: whole((X, TARGETS), encoder=Checkpointed(), balancer="gradnorm")),
+    ("head behind an ordinary encoder", TypeError, "`features` must be a mapping of task names to features, got Tensor",
+     lambda: one(RegressionTask(OwnFeatures("a", head())))),
+    ("head behind an encoder that is not there", ValueError, "`name` must be one of 'a', 'b', got 'z'",
+     lambda: behind_encoders("a", "b", task="z")),
+    ("head with another number of labels inside", ValueError, "with K = 3, got [8, 4]",
+     lambda: one(MultiLabelTask(nn.Sequential(CorNet(head(4), 4)), 3), torch.ones(8, 3))),
     # Balanced.
     ("loss of an unknown task", ValueError, "`losses` must hold exactly the tasks 'a', 'b', got 'a', 'c'",
      lambda: written(with_losses(lambda losses: {"a": losses["a"], "c": losses["b"]}))),

@@ -93,13 +93,16 @@ def _check_same_metrics(found: Iterable[Hashable], expected: Iterable[Hashable],
 
 def _check_auxiliary(found: Collection[Hashable], tasks: set[Hashable]) -> None:
     # Of a single name every letter would be taken for one.
-    if isinstance(found, str) or not set(found) < tasks:
+    several = isinstance(found, Collection) and not isinstance(found, str)
+    known = list(tasks)  # a name that cannot be hashed is merely unknown
+    if not several or any(name not in known for name in found) or all(task in found for task in known):
         raise bad_argument(
             "delta_m",
             "auxiliary",
-            f"be a collection of some, and not all, of {listed(tasks)}",
-            repr(found) if isinstance(found, str) else listed(found),
+            f"be a collection of some, and not all, of {listed(known)}",
+            listed(found) if several else repr(found),
             "Correct the names; at least one must be left that counts",
+            ValueError if several or isinstance(found, str) else TypeError,
         )
 
 

@@ -4,6 +4,9 @@ Everywhere ``W`` is one parameter of each of ``T`` encoders, stacked: ``[T, ...]
 tasks are alike: ``"mean"`` (all near their mean), ``"joint_features"`` (few inputs, the same for all) and
 ``"trace_norm"`` (few directions, in which all lie).
 
+The weight of a layer counts its inputs in dimension 1, or 2 of the stack: the columns of a linear layer, the input
+channels of a convolution. "joint_features" drops inputs; the other two see each task's parameter as one long vector.
+
 Either the optimizer follows the gradient of :func:`penalty_of`, added to the loss, or :class:`ProximalStep` applies
 the constraint after each of its steps; the second gives exact zeros.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mtl.checks import bad_argument, check_number
-from lightning_mtl.sharing.encoders import matching
+from lightning_mtl.sharing.encoders import check_names, constrained
 from lightning_mtl.sharing.soft import Constraint, resolve_constraint
 
 
@@ -27,15 +27,17 @@ class ProximalStep(pl.Callback):
         constraint: "mean", "joint_features", "trace_norm", or a :class:`Constraint`. It is applied to each parameter
             alone.
         strength: what the penalty is multiplied with.
-        names: which parameters of an encoder, as its ``named_parameters`` calls them, e.g. ``["0.weight"]``; by
-            default all, biases too.
+        names: which parameters of an encoder, as its ``named_parameters`` calls them, e.g. ``["0.weight"]``. By
+            default all, biases and normalisation layers too: "mean" draws them together, "trace_norm" also towards 0.
+            Under "joint_features" by default those of two dimensions or more, since the others have no inputs.
         encoders: where in the module the encoders are: the name of an :class:`Encoders`, a ``ModuleDict`` or a
             ``ModuleList``.
 
     Parameters must be whole on every rank (DDP, not FSDP).
-    Raises: ``ValueError`` for an unknown constraint or a negative strength; at the start of training if ``encoders``
-    or ``names`` are not there, if the encoders do not correspond, or if the parameters of one name are not in one
-    parameter group of an optimizer.
+    Raises: ``TypeError`` if ``names`` or ``encoders`` is of the wrong kind; ``ValueError`` for an unknown constraint, a
+    negative strength or empty ``names``; at the start of training if ``encoders`` or ``names`` are not there, if the
+    encoders do not correspond, are a single one or have no parameter to constrain, or if the parameters of one name
+    are not in one parameter group of an optimizer.
     """
 
     def __init__(
@@ -43,24 +45,32 @@ class ProximalStep(pl.Callback):
         constraint: str | Constraint = "mean",
         strength: float = 0.1,
         *,
-        names: Sequence[str] | None = None,
+        names: Collection[str] | None = None,
         encoders: str = "encoder",
     ) -> None:
         self.constraint = resolve_constraint(constraint, self)
         check_number(strength, "strength", self, low=0)
+        check_names(names, self)
+        if not isinstance(encoders, str):
+            raise bad_argument(
+                self,
+                "encoders",
+                "be the name of a part of the module",
+                type(encoders).__name__,
+                'Pass a name such as "encoder"',
+                TypeError,
+            )
         self.strength, self.names, self.encoders = float(strength), names, encoders
         self._handles: list[Any] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse encoders or names that do not fit: the first batch of a validation comes before ``on_train_start``."""
+        self._found(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hang on the optimizers."""
         self._detach()
-        try:
-            encoders = pl_module.get_submodule(self.encoders)
-        except AttributeError as error:
-            raise bad_argument(
-                self, "encoders", "name a part of the module", repr(self.encoders), "Correct the name"
-            ) from error
-        found = matching(encoders, self.names)
+        found = self._found(pl_module)
         places = {name: self._place(name, parameters, trainer.optimizers) for name, parameters in found.items()}
         for number, optimizer in enumerate(trainer.optimizers):
             mine = [(found[name], group) for name, (owner, group) in places.items() if owner == number]
@@ -79,6 +89,15 @@ class ProximalStep(pl.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _found(self, pl_module: pl.LightningModule) -> dict[str, list[nn.Parameter]]:
+        try:
+            encoders = pl_module.get_submodule(self.encoders)
+        except AttributeError as error:
+            raise bad_argument(
+                self, "encoders", "name a part of the module", repr(self.encoders), "Correct the name"
+            ) from error
+        return constrained(encoders, self.constraint, self.names, self)
 
     def _place(self, name: str, parameters: list[nn.Parameter], optimizers: list[Optimizer]) -> tuple[int, int]:
         """Which optimizer and which of its groups hold all parameters of a name."""

@@ -6,7 +6,8 @@ A proximal step of size ``s`` takes ``W`` to the minimiser of ``|V - W|^2 / 2 + 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def mean_prox(W: Tensor, step: Step) -> Tensor:
         step: size of the step, a number >= 0 or a tensor ``[]``.
 
     Shapes: W ``[T, ...]`` -> ``[T, ...]``.
-    Raises: ``ValueError`` as :func:`mean_penalty`, and for a negative step.
+    Raises: ``ValueError`` as :func:`mean_penalty`, and for a step that is negative, infinite, NaN or no ``[]``. The
+    number in a tensor is looked at on the CPU only, and not inside ``torch.func.vmap``.
     Paper: as :func:`mean_penalty`.
 
     Example:
@@ -54,15 +56,17 @@ def mean_prox(W: Tensor, step: Step) -> Tensor:
     return _like(W, mean + (flat - mean) / (1 + 2 * step))
 
 
-def joint_feature_penalty(W: Tensor, dim: int = -1) -> Tensor:
+def joint_feature_penalty(W: Tensor, dim: int | None = None) -> Tensor:
     """The L2,1 norm: for each input feature the length of what all tasks together give it, summed.
 
     Lengths are not squared, so it pays to give some features nothing at all, and the same ones in every task.
 
     Args:
         W: one parameter of each task, stacked.
-        dim: the dimension of W that counts the features: the last one of a vector of coefficients or of a linear
-            layer's weight, 2 for a convolution's weight.
+        dim: the dimension of W that counts the input features. By default the input channels of a weight
+            ``[T, out, in, ...]`` of a linear or convolutional layer, which is dimension 2, and the entries of a vector
+            of coefficients ``[T, in]``. A transposed convolution or an embedding has its inputs in dimension 1; a
+            convolution in groups has in dimension 2 only the place within a group.
 
     Shapes: W ``[T, ...]`` -> ``[]``.
     Raises: ``ValueError`` as :func:`mean_penalty`, and if ``dim`` is that of the tasks or not there.
@@ -76,7 +80,7 @@ def joint_feature_penalty(W: Tensor, dim: int = -1) -> Tensor:
     return _lengths(W, dim, "joint_feature_penalty").sum()
 
 
-def joint_feature_prox(W: Tensor, step: Step, dim: int = -1) -> Tensor:
+def joint_feature_prox(W: Tensor, step: Step, dim: int | None = None) -> Tensor:
     """Shorten each feature's part of W by ``step``; what is not longer than that becomes exactly 0.
 
     Args:
@@ -85,26 +89,26 @@ def joint_feature_prox(W: Tensor, step: Step, dim: int = -1) -> Tensor:
         dim: see :func:`joint_feature_penalty`.
 
     Shapes: W ``[T, ...]`` -> ``[T, ...]``.
-    Raises: ``ValueError`` as :func:`joint_feature_penalty`, and for a negative step.
+    Raises: ``ValueError`` as :func:`joint_feature_penalty`, and for a bad step as :func:`mean_prox`.
     Paper: as :func:`joint_feature_penalty`.
 
     Example:
         >>> joint_feature_prox(torch.tensor([[3.0, 0.5], [4.0, 0.0]]), 1.0).tolist()
         [[2.4..., 0.0], [3.2..., 0.0]]
     """
-    lengths = _lengths(W, dim, "joint_feature_prox")
+    lengths = _lengths(W, dim, "joint_feature_prox", keepdim=True)
     # Where a length is 0 there is nothing to divide, and the factor is 0 anyway.
     factors = (lengths - _step(step, "joint_feature_prox")).clamp(min=0) / torch.where(lengths > 0, lengths, 1)
     factors = torch.where(lengths > 0, factors, 0)
-    around = [1] * W.ndim
-    around[dim] = -1
-    return _like(W, _wide(W) * factors.reshape(around))
+    return _like(W, _wide(W) * factors)
 
 
 def trace_norm_penalty(W: Tensor) -> Tensor:
     """The sum of the singular values of the tasks' parameters, one flattened task per row.
 
-    It is small where all tasks lie in a common subspace of few dimensions.
+    It is small where all tasks lie in a common subspace of few dimensions. Of a layer's weight that is a subspace of
+    all its entries, whatever their shape: each task's weight is then a sum of the same few weights, which need not
+    themselves be of low rank.
 
     Args:
         W: one parameter of each task, stacked.
@@ -128,7 +132,7 @@ def trace_norm_prox(W: Tensor, step: Step) -> Tensor:
         step: size of the step, a number >= 0 or a tensor ``[]``.
 
     Shapes: W ``[T, ...]`` -> ``[T, ...]``.
-    Raises: ``ValueError`` as :func:`mean_penalty`, and for a negative step.
+    Raises: ``ValueError`` as :func:`mean_penalty`, and for a bad step as :func:`mean_prox`.
     Paper: Cai, Candès and Shen, A singular value thresholding algorithm, SIAM J. Optimization 2010, theorem 2.1.
 
     Example:
@@ -140,21 +144,42 @@ def trace_norm_prox(W: Tensor, step: Step) -> Tensor:
     return _like(W, (left * (values - step).clamp(min=0)) @ right)
 
 
-class Constraint(NamedTuple):
+@dataclass(frozen=True)
+class Constraint:
     """A penalty and its proximal step.
 
     Args:
         penalty: W ``[T, ...]`` -> ``[]``.
         prox: W ``[T, ...]``, step -> ``[T, ...]``.
+        weights_only: whether it leaves parameters of fewer than two dimensions alone unless they are named. Biases and
+            normalisation layers have no inputs to choose from.
+
+    Raises: ``TypeError`` if one of the two cannot be called.
+
+    Example:
+        Joint features of transposed convolutions, which have their inputs in dimension 1:
+
+        >>> from functools import partial
+        >>> transposed = Constraint(
+        ...     partial(joint_feature_penalty, dim=1), partial(joint_feature_prox, dim=1), weights_only=True
+        ... )
     """
 
     penalty: Callable[[Tensor], Tensor]
     prox: Callable[[Tensor, Step], Tensor]
+    weights_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("penalty", "prox"):
+            if not callable(getattr(self, name)):
+                raise bad_argument(
+                    self, name, "be callable", repr(getattr(self, name)), "Pass a function of W", TypeError
+                )
 
 
 CONSTRAINTS = {
     "mean": Constraint(mean_penalty, mean_prox),
-    "joint_features": Constraint(joint_feature_penalty, joint_feature_prox),
+    "joint_features": Constraint(joint_feature_penalty, joint_feature_prox, weights_only=True),
     "trace_norm": Constraint(trace_norm_penalty, trace_norm_prox),
 }
 
@@ -166,7 +191,7 @@ def resolve_constraint(constraint: str | Constraint, owner: object) -> Constrain
     """
     if isinstance(constraint, Constraint):
         return constraint
-    if constraint not in CONSTRAINTS:
+    if not isinstance(constraint, str) or constraint not in CONSTRAINTS:
         names = ", ".join(map(repr, CONSTRAINTS))
         raise bad_argument(
             owner, "constraint", f"be one of {names}, or a Constraint", repr(constraint), "Choose one of these"
@@ -199,9 +224,11 @@ def _flat(W: Tensor, who: str) -> Tensor:
     return _checked(W, who).flatten(1)
 
 
-def _lengths(W: Tensor, dim: int, who: str) -> Tensor:
+def _lengths(W: Tensor, dim: int | None, who: str, *, keepdim: bool = False) -> Tensor:
     """One length per feature."""
     wide = _checked(W, who)
+    if dim is None:
+        dim = min(2, W.ndim - 1)
     if not -W.ndim < dim < W.ndim or dim == 0:
         raise bad_argument(
             who,
@@ -211,10 +238,17 @@ def _lengths(W: Tensor, dim: int, who: str) -> Tensor:
             "Pass the one that counts the features",
         )
     others = [other for other in range(W.ndim) if other != dim % W.ndim]
-    return torch.linalg.vector_norm(wide, dim=others)
+    return torch.linalg.vector_norm(wide, dim=others, keepdim=keepdim)
 
 
 def _step(step: Step, who: str) -> Step:
     if not isinstance(step, Tensor):
         check_number(step, "step", who, low=0)
+        return step
+    if step.ndim:
+        raise bad_argument(who, "step", "be a number or a tensor []", shape(step), "Pass one step for all tasks")
+    if step.device.type == "cpu":
+        # Inside vmap there are many numbers in one tensor, and none can be read.
+        with suppress(RuntimeError):
+            check_number(step.item(), "step", who, low=0)
     return step

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score
 
 from lightning_mtl.checks import bad_argument, check_tensor, shape
+from lightning_mtl.tasks.cornet import CorNet
 from lightning_mtl.tasks.task import Task
 
 
@@ -25,8 +26,11 @@ class MultiLabelTask(Task):
 
     Shapes: logits ``[B, K]``, target float or bool or integer ``[B, K]`` (``[B]`` for one label) with entries in
     [0, 1] or NaN. The loss is the mean over the labelled entries.
-    Raises: ``ValueError`` if shapes differ from these.
+    Raises: ``ValueError`` if a head that says how many labels it has (:class:`CorNet`) has another number, and in
+    training if shapes differ from these.
     """
+
+    shares_head = False
 
     def __init__(
         self,
@@ -39,6 +43,14 @@ class MultiLabelTask(Task):
         role: str = "main",
     ) -> None:
         self.labels = _label_names(num_labels)
+        if isinstance(head, CorNet) and not self.shares_head and head.num_labels != len(self.labels):
+            raise bad_argument(
+                self,
+                "head",
+                f"have as many labels as the task, {len(self.labels)}",
+                head.num_labels,
+                "Change num_labels of one of them",
+            )
         if metrics is None:
             metrics = {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score()}
         super().__init__(head, self._cross_entropy, metrics, target=target, missing="nan", mask=mask, role=role)

@@ -157,7 +157,13 @@ def test_auxiliary_tasks_do_not_count() -> None:
     assert delta_m([0.4, 2.0], [0.8, 1.0], [True, False], auxiliary=[1]) == pytest.approx(50.0)
 
 
-@pytest.mark.parametrize("auxiliary", ["a", ["a", "b"], ["x"]])
+@pytest.mark.parametrize("auxiliary", ["a", ["a", "b"], ["x"], [["a"]]])
 def test_what_is_auxiliary_must_be_known_and_leave_something(auxiliary) -> None:
     with pytest.raises(ValueError, match=r"^delta_m: `auxiliary` must be a collection of some"):
+        delta_m({"a": 0.4, "b": 2.0}, {"a": 0.8, "b": 1.0}, {"a": True, "b": False}, auxiliary=auxiliary)
+
+
+@pytest.mark.parametrize("auxiliary", [None, 3, iter(["a"])], ids=["None", "number", "iterator"])
+def test_what_is_auxiliary_is_a_collection(auxiliary) -> None:
+    with pytest.raises(TypeError, match=r"^delta_m: `auxiliary` must be a collection of some"):
         delta_m({"a": 0.4, "b": 2.0}, {"a": 0.8, "b": 1.0}, {"a": True, "b": False}, auxiliary=auxiliary)

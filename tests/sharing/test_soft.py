@@ -17,7 +17,7 @@ from lightning_mtl.sharing import (
     trace_norm_prox,
 )
 
-SHAPES = [(3, 4), (5, 2), (1, 3), (3, 2, 4), (2, 2, 3, 2)]
+SHAPES = [(3, 4), (5, 2), (1, 3), (3, 2, 4), (2, 2, 3, 2), (2, 1, 2, 3, 2)]
 each_constraint = pytest.mark.parametrize("name", CONSTRAINTS)
 
 
@@ -33,8 +33,9 @@ def mean_by_loops(W):
 
 def features_by_loops(W):
     total = 0.0
-    for feature in range(W.shape[-1]):
-        total += math.sqrt(sum(value**2 for value in W[..., feature].flatten().tolist()))
+    by_feature = W.movedim(2, -1) if W.ndim > 2 else W  # dimension 2 of a convolution's stack too
+    for feature in range(by_feature.shape[-1]):
+        total += math.sqrt(sum(value**2 for value in by_feature[..., feature].flatten().tolist()))
     return total
 
 
@@ -86,6 +87,11 @@ def test_prox_is_the_minimiser(name, step, shape):
         assert objective(point) >= objective(found) + 0.5 * np.square(point - found).sum() - 1e-7
 
 
+def longest_feature(G):
+    features = range(G.shape[2 if G.ndim > 2 else 1])
+    return max((G[:, :, feature] if G.ndim > 2 else G[:, feature]).norm() for feature in features)
+
+
 @each_constraint
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prox_meets_the_condition_of_a_minimum(name, shape):
@@ -97,7 +103,7 @@ def test_prox_meets_the_condition_of_a_minimum(name, shape):
         assert torch.allclose(G, 2 * (V - V.mean(0)), atol=1e-12)
         return
     flat = G.flatten(1)
-    dual = torch.linalg.matrix_norm(flat, 2) if name == "trace_norm" else G.flatten(0, -2).norm(dim=0).max()
+    dual = torch.linalg.matrix_norm(flat, 2) if name == "trace_norm" else longest_feature(G)
     assert dual <= 1 + 1e-12
     assert (G * V).sum().item() == pytest.approx(LOOPS[name](V), abs=1e-7)
 
@@ -127,10 +133,33 @@ def test_zeros_are_exact():
 
 def test_the_dimension_of_the_features():
     W = stack((3, 2, 5, 4))
-    moved = W.movedim(2, -1)
-    assert torch.allclose(joint_feature_penalty(W, dim=2), joint_feature_penalty(moved))
-    assert torch.allclose(joint_feature_penalty(W, dim=-2), joint_feature_penalty(moved))
-    assert torch.allclose(joint_feature_prox(W, 0.5, dim=2).movedim(2, -1), joint_feature_prox(moved, 0.5))
+    for dim in (1, 3):
+        moved = W.movedim(dim, 2)
+        for same in (dim, dim - 4):
+            assert torch.allclose(joint_feature_penalty(W, dim=same), joint_feature_penalty(moved))
+            assert torch.allclose(joint_feature_prox(W, 0.5, dim=same).movedim(dim, 2), joint_feature_prox(moved, 0.5))
+    assert torch.equal(joint_feature_prox(W, 0.5, dim=2), joint_feature_prox(W, 0.5))
+
+
+def test_the_features_of_a_convolution_are_its_input_channels():
+    """Two tasks, kernels [1, 2, 2, 2]: channel 0 has length 5 over tasks and kernel, channel 1 length 1."""
+    W = torch.zeros(2, 1, 2, 2, 2)
+    W[0, 0, 0, 0, 1], W[1, 0, 0, 1, 0] = 3, 4
+    W[0, 0, 1, 0, 0] = 1
+    assert joint_feature_penalty(W).item() == 6
+    found = joint_feature_prox(W, 1.0)
+    assert (found[:, :, 1] == 0).all()
+    torch.testing.assert_close(found[:, :, 0], 0.8 * W[:, :, 0])
+
+
+def test_the_trace_norm_of_a_convolution_is_that_of_one_vector_per_task():
+    """Kernels at right angles, of lengths 3 and 4; each may have any rank of its own."""
+    W = torch.zeros(2, 2, 2, 1, 1)
+    W[0, 0, 0], W[1, 1, 1] = 3, 4
+    assert trace_norm_penalty(W).item() == pytest.approx(7)
+    torch.testing.assert_close(trace_norm_prox(W, 3.0), torch.where(W == 4, 1.0, 0.0))
+    full_rank = torch.eye(2).expand(3, 2, 2)
+    assert trace_norm_penalty(full_rank).item() == pytest.approx(math.sqrt(6))
 
 
 @each_constraint
@@ -170,10 +199,16 @@ def test_what_is_no_stack_is_refused(function, W):
 
 
 @each_constraint
-@pytest.mark.parametrize("step", [-0.1, math.nan, "1"])
+@pytest.mark.parametrize("step", [-0.1, math.nan, "1", torch.tensor(-0.5), torch.tensor(math.inf)], ids=str)
 def test_a_bad_step_is_refused(name, step):
     with pytest.raises(ValueError, match="`step` must be a finite number >= 0"):
         CONSTRAINTS[name].prox(torch.ones(2, 2), step)
+
+
+@each_constraint
+def test_one_step_for_all(name):
+    with pytest.raises(ValueError, match=r"`step` must be a number or a tensor \[\], got \[2\]"):
+        CONSTRAINTS[name].prox(torch.ones(2, 2), torch.ones(2))
 
 
 @pytest.mark.parametrize("dim", [0, 2, -2, 5])

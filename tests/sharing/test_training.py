@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.sharing import CONSTRAINTS, Constraint, Encoders, OwnFeatures, ProximalStep, matching, penalty_of
-from tests.nets import loader, mlp, network, three_tasks, trainer
+from tests.nets import conv, loader, mlp, network, three_tasks, trainer
 
 NAMES = ("kind", "size", "shape")
 each_constraint = pytest.mark.parametrize("name", CONSTRAINTS)
@@ -18,9 +18,9 @@ def plain_sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.02)
 
 
-def soft(balancer="fixed", cls=MultiTaskModule, optimizer=plain_sgd, **options):
+def soft(balancer="fixed", cls=MultiTaskModule, optimizer=plain_sgd, encoder=mlp, **options):
     torch.manual_seed(0)
-    encoders = Encoders({name: mlp() for name in NAMES})
+    encoders = Encoders({name: encoder() for name in NAMES})
     tasks = three_tasks()
     for name, task in tasks.items():
         task.head = OwnFeatures(name, task.head)
@@ -84,6 +84,8 @@ def shared_layer():
         ([], None, "`encoders` must be an Encoders, a ModuleDict or a list of modules"),
         (nn.Linear(2, 1), None, "got Linear"),
         (nn.ModuleDict(), None, "got none"),
+        ([nn.Linear(2, 1), nn.Linear(2, 1)], [["bias"]], r"`names` must be among 'weight', 'bias', got \['bias'\]"),
+        ([nn.Linear(2, 1), nn.Linear(2, 1)], [], "`names` must hold the name of one parameter at least"),
     ],
 )
 def test_what_does_not_correspond_is_refused(encoders, names, text):
@@ -102,10 +104,20 @@ def test_encoders_and_heads_refuse_at_once():
 
 
 @each_constraint
-def test_penalty_of_sums_over_parameters(name):
-    module = soft()
-    expected = sum(CONSTRAINTS[name].penalty(W).item() for W in stacks(module).values())
+@pytest.mark.parametrize("encoder", [mlp, conv])
+def test_penalty_of_sums_over_parameters(name, encoder):
+    module = soft(encoder=encoder)
+    found = [W for W in stacks(module).values() if name != "joint_features" or W.ndim > 2]
+    expected = sum(CONSTRAINTS[name].penalty(W).item() for W in found)
     assert penalty_of(module.encoder, name).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_bias_is_a_vector_of_coefficients_if_it_is_named():
+    twins = [nn.Linear(2, 3), nn.Linear(2, 3)]
+    for task, value in zip(twins, (3.0, 4.0), strict=True):
+        nn.init.constant_(task.bias, value)
+    assert penalty_of(twins, "joint_features", ["bias"]).item() == pytest.approx(15)
+    assert penalty_of(twins, "joint_features").item() == penalty_of(twins, "joint_features", ["weight"]).item()
 
 
 class Penalised(MultiTaskModule):
@@ -133,7 +145,36 @@ def test_one_step_is_the_gradient_step_and_then_the_prox(name):
     plain = fitted(soft(), limit_train_batches=1)
     constrained = fitted(soft(), ProximalStep(name, 3.0), limit_train_batches=1)
     for key, W in stacks(plain).items():
-        assert torch.allclose(stacks(constrained)[key], CONSTRAINTS[name].prox(W, 0.02 * 3.0), atol=1e-6)
+        left_alone = name == "joint_features" and W.ndim < 3
+        expected = W if left_alone else CONSTRAINTS[name].prox(W, 0.02 * 3.0)
+        assert torch.allclose(stacks(constrained)[key], expected, atol=1e-6)
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 2, 2)),
+        nn.Conv2d(2, 3, 2, padding=1),
+        nn.BatchNorm2d(3),
+        nn.Conv2d(3, 1, (3, 2)),
+        nn.Flatten(),
+        nn.Linear(2, 6),
+    )
+
+
+def test_joint_features_of_convolutional_encoders():
+    """Each input channel is shortened by learning rate x strength; biases and batch norm stay."""
+    plain = stacks(fitted(soft(encoder=convolutions), limit_train_batches=1))
+    found = stacks(fitted(soft(encoder=convolutions), ProximalStep("joint_features", 50.0), limit_train_batches=1))
+    dropped = 0
+    for name, W in plain.items():
+        expected = W.clone()
+        for channel in range(W.shape[2] if W.ndim > 2 else 0):
+            length = W[:, :, channel].square().sum().sqrt()
+            expected[:, :, channel] *= max(0, 1 - 0.02 * 50 / length)
+            dropped += int(length <= 0.02 * 50)
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
+    assert {W.ndim for W in plain.values()} == {2, 3, 5}
+    assert dropped == 3  # of 7: those that the second convolution reads
 
 
 @each_constraint
@@ -257,3 +298,17 @@ def test_a_mistake_is_told_at_once():
         ProximalStep(strength=-1)
     with pytest.raises(ValueError, match="`constraint`"):
         penalty_of([nn.Linear(1, 1)], "lasso")
+
+
+@pytest.mark.parametrize("names", ["0.weight", 3, iter(["0.weight"])], ids=["string", "number", "iterator"])
+def test_names_are_a_list(names):
+    with pytest.raises(TypeError, match="`names` must be None or a list of names"):
+        ProximalStep(names=names)
+    with pytest.raises(TypeError, match="`names` must be None or a list of names"):
+        penalty_of([nn.Linear(1, 1), nn.Linear(1, 1)], names=names)
+
+
+@pytest.mark.parametrize("encoder, text", [(nn.Identity(), "a parameter"), (nn.BatchNorm1d(2), "a weight of two")])
+def test_a_constraint_on_nothing_is_refused(encoder, text):
+    with pytest.raises(ValueError, match=f"`encoders` must have {text}"):
+        penalty_of([encoder, copy.deepcopy(encoder)], "joint_features" if "weight" in text else "mean")

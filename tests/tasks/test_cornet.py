@@ -119,6 +119,11 @@ def test_a_wrong_argument(arguments, kind, text):
         CorNet(*arguments)
 
 
+def test_a_task_of_another_number_of_labels_is_refused_when_built():
+    with pytest.raises(ValueError, match="MultiLabelTask: `head` must have as many labels as the task, 2, got 3"):
+        MultiLabelTask(used(), LABELS[:2])
+
+
 @pytest.mark.parametrize("output", [torch.ones(5, 4), torch.ones(5), torch.ones(5, 2, 3), "logits"])
 def test_a_head_of_another_shape(output):
     class Fixed(nn.Module):
