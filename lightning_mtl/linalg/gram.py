@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl.linalg.unit import eigen
+
 # Columns per block. On the CPU a block of products is summed in float32 while it is in the first cache, on other
 # devices it is converted to float64; the sum over blocks is float64 everywhere.
 _BLOCK_CPU = 1 << 10
@@ -60,7 +62,7 @@ def _independent(gram: Tensor) -> bool:
     if not there.all():
         inner, norms = inner[np.ix_(there, there)], norms[there]
     unit = inner / norms / norms[:, None]
-    return len(unit) == 0 or float(np.linalg.eigvalsh(unit)[0]) > _CLEAR
+    return len(unit) == 0 or float(eigen(unit)[0][0]) > _CLEAR
 
 
 def gram_of_parts(parts: Sequence[Sequence[Tensor]]) -> Tensor:

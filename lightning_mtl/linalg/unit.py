@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 Array = np.ndarray
 
 #: Eigenvalues of a unit gram below this (times ``T``) count as 0. Float32 rows that depend on each other leave about
 #: 1e-14 there.
 RANK_TOLERANCE = 1e-12
+_MANY = 30
 
 
 def unit_gram(gram: Array) -> tuple[Array, Array]:
@@ -28,6 +30,18 @@ def divided(numerator: Array, norms: Array) -> Array:
     return np.divide(numerator, norms, out=np.zeros(np.broadcast(numerator, norms).shape), where=norms > 0)
 
 
+def eigen(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix ``[T, T]`` -> ``[T]``, ``[T, T]``.
+
+    From some 30 tasks on by torch: numpy's LAPACK starts threads there, and waits milliseconds for a core that is busy.
+    """
+    if len(matrix) < _MANY:
+        values, vectors = np.linalg.eigh(matrix)
+        return values, vectors
+    values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
+    return values.numpy(), vectors.numpy()
+
+
 def factor(unit: Array) -> Array:
     """Rows of the lowest dimension with this gram: ``unit = factor @ factor.T``.
 
@@ -35,7 +49,7 @@ def factor(unit: Array) -> Array:
 
     Shapes: unit ``[T, T]`` -> ``[T, r]``.
     """
-    values, vectors = np.linalg.eigh(unit)
+    values, vectors = eigen(unit)
     kept = values > RANK_TOLERANCE * len(unit)
     result: Array = vectors[:, kept] * np.sqrt(values[kept])
     return result
@@ -46,7 +60,7 @@ def solve_symmetric(unit: Array, right: Array) -> Array:
 
     Shapes: unit ``[T, T]``, right ``[T]`` -> ``[T]``.
     """
-    values, vectors = np.linalg.eigh(unit)
+    values, vectors = eigen(unit)
     kept = values > RANK_TOLERANCE * len(unit)
     inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
     x = inverse @ right
