@@ -12,6 +12,8 @@ from lightning_mtl.linalg.unit import unit_gram
 
 Array = np.ndarray
 _EPS = float(np.finfo(np.float64).eps)
+#: Rows from which on a search for the support pays.
+_MANY = 8
 
 
 def project_on_simplex(vector: Array) -> Array:
@@ -49,10 +51,13 @@ def min_norm(gram: Array) -> Array:
     unit, norms = unit_gram(gram)
     if not norms.all():
         return _spread_over(norms == 0)
-    # Up to its sum, the point is the minimiser of |y @ rows|^2 / 2 - sum(y) over y >= 0 (if that has any), whose
-    # support is found in a few rounds. It is a place to start from; what is exact comes after.
-    guess = nonnegative_guess(unit, -(norms.min() / norms)[None])[0]
-    return simplex_qp(unit, norms, np.zeros(len(gram)), guess if guess.any() else None)
+    start = None
+    if len(gram) >= _MANY:
+        # Up to its sum, the point is the minimiser of |y @ rows|^2 / 2 - sum(y) over y >= 0 (if that has any), whose
+        # support is found in a few rounds. It is a place to start from; what is exact comes after.
+        guess = nonnegative_guess(unit, -(norms.min() / norms)[None])[0]
+        start = guess if guess.any() else None
+    return simplex_qp(unit, norms, np.zeros(len(gram)), start)
 
 
 def simplex_qp(unit: Array, norms: Array, linear: Array, start: Array | None = None, *, refine: bool = True) -> Array:
