@@ -252,8 +252,8 @@ def reading(found: dict[str, Found]) -> list[str]:
     """The table in words, with its own numbers."""
     lines = []
     for name, case in found.items():
-        gain = "gains" if case.gain.better() else "loses" if case.gain.worse() else "no gain shown"
-        shuffle = "related" if case.shuffle_test.better() else "no relation shown"
+        gain = case.gain.verdict("gains", "loses", "no gain shown")
+        shuffle = case.shuffle_test.verdict("related", "no relation shown", "no relation shown")
         lines.append(f"{name}: {gain} ({case.gain.wins} of {case.gain.seeds} seeds); by the shuffle test: {shuffle}")
     gains = torch.stack([case.gains for case in found.values()])
     for label, cosines in {

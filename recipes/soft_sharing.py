@@ -156,13 +156,14 @@ def reading(risks: Risks) -> list[str]:
     for name, method in OWN.items():
         alone, risk = risks[name]["independent"], risks[name][method]
         test = paired(risk, alone)
-        verb = "below" if test.better() else "NOT below"
-        lines.append(f"{name}: {method} is {verb} independent, {alone.mean() / risk.mean():.1f} times, p {test.p:.0e}")
+        verdict = test.verdict("helps", "hurts", "no difference shown")
+        times = f"{alone.mean() / risk.mean():.1f} times the risk of {method}"
+        lines.append(f"{name}: independent has {times}, p {test.p:.0e} ({verdict})")
     for name in ("unrelated", FORCED):
         alone, words = risks[name]["independent"], []
         for method in PROX:
             test = paired(risks[name][method], alone)
-            harm = "hurts" if test.worse(0.01) else "helps" if test.better(0.01) else "no difference shown"
+            harm = test.verdict("helps", "hurts", "no difference shown", 0.01)
             words.append(f"{method} {100 * (risks[name][method].mean() / alone.mean() - 1):+.0f}% ({harm})")
         lines.append(f"{name}: risk against independent: {', '.join(words)}")
     return lines

@@ -3,8 +3,6 @@
 import time
 from pathlib import Path
 
-import torch
-
 from _caruana.cues import Task, follow, product
 from _caruana.study import Study, finish
 
@@ -21,24 +19,22 @@ def bias1(seeds: int = 60, seed: int = 0, hidden: int = 4, steps: int = 1500, ou
         steps: of training.
         out: a further place for the figure.
     """
-    started, random = time.perf_counter(), torch.Generator().manual_seed(seed)
+    started = time.perf_counter()
     a, b, c = product(0, 1), product(2, 3), product(4, 5)
     t, t2 = Task(a, b), Task(a, c)
     study = Study("bias1", "representation bias 1: two tasks meet in the cue they share", "networks", "high")
-    cues = {"T": ("A", "B"), "T'": ("A", "C")}
-    runs = {
-        "alone": {"T": t},
-        "alone ": {"T'": t2},
-        "together": {"T": t, "T'": t2},
-        "T' shuffled": {"T": t, "(T')": Task(a, c, shuffle=True)},
-    }
+    runs: list[tuple[tuple[str, ...], tuple[Task | None, Task | None]]] = [
+        (("T alone",), (t, None)),
+        (("T' alone",), (None, t2)),
+        (("T together", "T' together"), (t, t2)),
+        (("T with T' shuffled",), (t, Task(a, c, shuffle=True))),
+    ]
     solved = []
-    for arm, tasks in runs.items():
-        for name, (share, right) in follow(tasks, hidden, steps, seeds, random).items():
-            if name in cues:
-                key = f"{name} {arm.strip()}" if arm != "T' shuffled" else "T with T' shuffled"
-                study.scores[key], study.sides[key] = share, cues[name]
-                solved.append(f"{key} {right.float().mean():.2f}")
+    for keys, tasks in runs:
+        # The shuffled task has no key: there is nothing to ask it.
+        for key, (share, right) in zip(keys, follow(tasks, hidden, steps, seeds, seed).values(), strict=False):
+            study.scores[key], study.sides[key] = share, ("A", "C" if key.startswith("T'") else "B")
+            solved.append(f"{key} {right.float().mean():.2f}")
     study.compare("T together", "T alone")
     study.compare("T' together", "T' alone")
     study.compare("T together", "T with T' shuffled")

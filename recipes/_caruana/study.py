@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from _lab import report
-from _lab.stats import Paired, binomial, mean_sd, paired, shares
+from _lab.stats import Paired, binomial, mean_sd, paired, shares, smallest_p
 
 
 @dataclass
@@ -44,7 +44,7 @@ def finish(study: Study, started: float, out: Path | None, drawn: Sequence[str] 
     console = report.console()
     seeds = len(next(iter(study.scores.values())))
     if study.sides:
-        columns, rows = ("arm", "first cue", "other cue", "undecided", "p (binomial)"), side_rows(study)
+        columns, rows = ("arm", "first cue", "other cue", "undecided", "p (binomial, of the decided)"), side_rows(study)
     else:
         columns, rows = ("arm", study.label), [(arm, mean_sd(scores)) for arm, scores in study.scores.items()]
     console.print(report.table(f"{study.title}: {seeds} seeds", columns, rows))
@@ -56,6 +56,8 @@ def finish(study: Study, started: float, out: Path | None, drawn: Sequence[str] 
     console.print(
         report.table("Wilcoxon signed-rank over seeds", ("first against second", gain, "d_z", "wins", "p"), tests)
     )
+    if (smallest := smallest_p(seeds)) >= 0.05:
+        console.print(f"{seeds} seeds cannot tell arms apart: p is at least {smallest:.1g}.")
     console.print(f"Not shown: {study.not_shown}")
     draw(study, folder / "figure.png", out, drawn)
     console.print(f"figure   {folder / 'figure.png'}\nnumbers  {folder / 'seeds.csv'}")
@@ -74,7 +76,7 @@ def side_rows(study: Study) -> list[tuple[str, ...]]:
                 arm,
                 f"{first} {high / seeds:.2f}",
                 f"{other} {low / seeds:.2f}",
-                f"{between / seeds:.2f}",
+                f"{between}/{seeds}",
                 f"{study.side_p(arm):.0e}",
             )
         )
