@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from jsonargparse import auto_cli
 
 from _caruana.amplify import amplify
@@ -55,6 +56,7 @@ def everything(seeds: int | None = None, seed: int = 0, out: Path | None = None)
 
 def main(args: Sequence[str] | None = None) -> Study | list[Study]:
     """The command line of this recipe; without a name it is ``all``. Returns what was found."""
+    torch.set_num_threads(1)
     given = sys.argv[1:] if args is None else list(args)
     return auto_cli(STUDIES | {"all": everything}, args=given or ["all"])
 
