@@ -169,7 +169,7 @@ def transfer(
                 means[f"{target}/{size}/{arm}"] = float(values.mean())
             rows.append(cells)
     console = report.console()
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 150)
     title = f"Test accuracy, {seeds} seeds; p against scratch (in how many seeds better)"
     console.print(report.table(title, ["held out", *ARMS], rows))
     folder = report.log("transfer", means)
