@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def bad_argument(
@@ -136,6 +136,14 @@ def check_tensor(value: object, arg: str, owner: object) -> None:
     if not isinstance(value, Tensor):
         raise bad_argument(
             owner, arg, "be a tensor", type(value).__name__, "Change the head, the dataset or its collate", TypeError
+        )
+
+
+def check_head(head: object, owner: object) -> None:
+    """A head must be a module."""
+    if not isinstance(head, nn.Module):
+        raise bad_argument(
+            owner, "head", "be an nn.Module", type(head).__name__, "For no head pass torch.nn.Identity()", TypeError
         )
 
 

@@ -15,7 +15,7 @@ dimension (`_lab.seeds`), so thirty cost little more than one.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from _caruana.eavesdrop import eavesdrop
 from _caruana.overfit import overfit
 from _caruana.study import Study
 
-STUDIES = {
+STUDIES: dict[str, Callable[..., Study]] = {
     "overfit": overfit,
     "amplify": amplify,
     "attributes": attributes,
@@ -49,7 +49,7 @@ def everything(seeds: int | None = None, seed: int = 0, out: Path | None = None)
     """
     options = {} if seeds is None else {"seeds": seeds}
     return [
-        study(**options, seed=seed, out=out and out / f"caruana_{name}.png")  # type: ignore[operator]
+        study(**options, seed=seed, out=None if out is None else out / f"caruana_{name}.png")
         for name, study in STUDIES.items()
     ]
 

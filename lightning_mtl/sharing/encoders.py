@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.checks import bad_argument, carried, listed
+from lightning_mtl.checks import bad_argument, carried, check_head, listed
 from lightning_mtl.sharing.soft import Constraint, resolve_constraint
 
 
@@ -81,15 +81,7 @@ class OwnFeatures(nn.Module):
         super().__init__()
         if not isinstance(name, str):
             raise bad_argument(self, "name", "be a string", repr(name), "Use the key of the task's encoder", TypeError)
-        if not isinstance(head, nn.Module):
-            raise bad_argument(
-                self,
-                "head",
-                "be an nn.Module",
-                type(head).__name__,
-                "For no head pass torch.nn.Identity()",
-                TypeError,
-            )
+        check_head(head, self)
         self.name, self.head = name, head
 
     def forward(self, features: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from lightning_mtl.checks import bad_argument, carried, check_choice, check_tensor, listed, shape
+from lightning_mtl.checks import bad_argument, carried, check_choice, check_head, check_tensor, listed, shape
 
 Loss = Callable[[Any, Any], Tensor]
 STAGES = ("train", "val", "test")
@@ -75,15 +75,7 @@ class Task(nn.Module):
         role: str = "main",
     ) -> None:
         super().__init__()
-        if not isinstance(head, nn.Module):
-            raise bad_argument(
-                self,
-                "head",
-                "be an nn.Module",
-                type(head).__name__,
-                "For no head pass torch.nn.Identity()",
-                TypeError,
-            )
+        check_head(head, self)
         if not callable(loss):
             raise bad_argument(
                 self,

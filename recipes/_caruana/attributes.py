@@ -8,13 +8,13 @@ from torch import Tensor
 
 from _caruana.regression import regression, train
 from _caruana.study import Study, finish
-from _lab.seeds import SeedMLP
+from _lab.seeds import SeedLinear, SeedMLP
 from _lab.stats import auroc
 
 
 def saliency(net: SeedMLP) -> Tensor:
     """How strongly each input reaches the main output, by absolute weights: ``[S, d]``."""
-    first, last = (layer.weight.detach().abs() for layer in net if hasattr(layer, "weight"))  # type: ignore[operator]
+    first, last = (layer.weight.detach().abs() for layer in net if isinstance(layer, SeedLinear))
     return (first @ last[..., :1]).squeeze(-1)
 
 
