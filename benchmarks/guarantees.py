@@ -38,11 +38,13 @@ def main() -> None:
             limit, rows = bar(name, dtype), str(dtype).removeprefix("torch.")
             where = f"T={problem.num_tasks} rank={problem.rank} ratio={problem.ratio:.0e} #{problem.index}"
             table.add_row(method, name, rows, f"{'[red]' if value > limit else ''}{value:.1e}", f"{limit:.0e}", where)
-            results.append({"method": method, "residual": name, "rows": rows, "worst": value, "bar": limit})
+            results.append(
+                {"method": method, "residual": name, "rows": rows, "worst": value, "bar": limit, "where": where}
+            )
+        if args.out:  # after each method: an hour's work is not lost with its last minute
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"problems": args.problems, "results": results}, indent=1) + "\n")
     Console(width=150).print(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"problems": args.problems, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

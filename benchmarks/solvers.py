@@ -1,9 +1,11 @@
 """What the weights of one step cost, and how exact they are, against torchjd.
 
 Run:   python benchmarks/solvers.py                  (CPU, one thread, a few minutes)
-Shows: median time from a gram of T tasks to weights; the same for torchjd 0.18 where it has the method, with the solver
-       libraries of its extras (Nash-MTL without its clip, and from the weights of the solve before); the worst residual
-       of both (see tests/balancers/guarantees.py), for gradients of equal lengths and for lengths that differ by 1e4.
+Shows: "solve"  median time from a gram of T tasks to weights, the method alone.
+       "step"   the same as training calls it: with the checks, the count of steps and the weights that are kept.
+       torchjd 0.18 where it has the method, with the solver libraries of its extras (Nash-MTL without its clip, and
+       from the weights of the solve before), and a step as a share of it; the worst residual of both (see
+       tests/balancers/guarantees.py), for gradients of equal lengths and for lengths that differ by 1e4.
        Each gram is solved 20 times in a row, but not for more than a second, and it is the thread's CPU time that
        counts; within a training step, which leaves little of the solver in the caches, it may take twice as long.
 """
@@ -33,6 +35,7 @@ from torchjd import aggregation
 # The residuals are those of the tests.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lightning_mtl.balancers import load
+from lightning_mtl.balancers.base import ALL
 from tests.balancers.guarantees import METHODS, Problem
 
 SIZES = (3, 20, 40)
@@ -87,19 +90,21 @@ def residual(kind: type[Problem], key: str, num_tasks: int, ratio: float) -> flo
     return max((float(value) for problem in problems for _, value in method(problem)), default=0.0)
 
 
-def times(key: str, num_tasks: int, rounds: int) -> tuple[float, float | None]:
-    """Median milliseconds of ours and of theirs, over both ratios."""
-    ours, theirs = [], []
+def times(key: str, num_tasks: int, rounds: int) -> tuple[float, float, float | None]:
+    """Median milliseconds of our solve, our step and theirs, over both ratios."""
+    solves, steps, theirs = [], [], []
     for round_ in range(rounds):
         rows = torch.from_numpy(Problem(num_tasks, num_tasks, 1e4 if round_ % 2 else 1.0, torch.float64, round_).rows)
         gram, losses = rows @ rows.T, torch.ones(num_tasks)
         balancer = load(key, num_tasks, **OPTIONS.get(key, {}))
         given = gram[None] if balancer.grouped else gram
-        ours += timed(partial(balancer, given, losses))
+        steps += timed(partial(balancer, given, losses))
+        with torch.no_grad():
+            solves += timed(partial(balancer.weights, given, losses.double(), ALL))
         if key in THEIRS:
             weighting = THEIRS[key](num_tasks, **OPTIONS.get(key, {}))
             theirs += timed(partial(weighting, rows if key in OF_ROWS else gram))
-    return statistics.median(ours), statistics.median(theirs) if theirs else None
+    return statistics.median(solves), statistics.median(steps), statistics.median(theirs) if theirs else None
 
 
 def timed(solve: Callable[[], Tensor], repeats: int = 20, milliseconds: float = 1e3) -> list[float]:
@@ -127,7 +132,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     machine = f"{platform.machine()} CPU, 1 thread"
     table = Table(title=f"weights from a gram, {machine}, torch {torch.__version__}")
-    heads = ("T", "ms", "limit", "torchjd, ms", "x torchjd", "residual, 1", "torchjd", "residual, 1e4", "torchjd")
+    heads = (
+        "T",
+        "solve, ms",
+        "limit",
+        "step, ms",
+        "torchjd, ms",
+        "step x torchjd",
+        "residual, 1",
+        "torchjd",
+        "residual, 1e4",
+        "torchjd",
+    )
     table.add_column("method")
     for head in heads:
         table.add_column(head, justify="right")
@@ -135,16 +151,22 @@ def main() -> None:
     for key in KEYS:
         for num_tasks in SIZES:
             limit = OTHER_LIMITS.get((key, num_tasks), LIMITS[num_tasks])
-            ours, theirs = times(key, num_tasks, args.rounds)
-            ratio = None if theirs is None else ours / theirs
+            solve, step, theirs = times(key, num_tasks, args.rounds)
+            ratio = None if theirs is None else step / theirs
             errors = [residual(kind, key, num_tasks, r) for r in (1.0, 1e4) for kind in (Problem, Theirs)]
             cells = [shown(error, ".0e") for error in errors]
-            mark = "[red]" if ours > limit else ""
-            table.add_row(
-                key, str(num_tasks), f"{mark}{ours:.2f}", f"{limit}", shown(theirs, ".2f"), shown(ratio, ".3f"), *cells
-            )
+            mark = "[red]" if solve > limit else ""
+            own = (f"{mark}{solve:.2f}", f"{limit}", f"{step:.2f}")
+            table.add_row(key, str(num_tasks), *own, shown(theirs, ".2f"), shown(ratio, ".3f"), *cells)
             results.append(
-                {"method": key, "tasks": num_tasks, "ms": ours, "limit_ms": limit, "torchjd_ms": theirs}
+                {
+                    "method": key,
+                    "tasks": num_tasks,
+                    "ms": solve,
+                    "limit_ms": limit,
+                    "step_ms": step,
+                    "torchjd_ms": theirs,
+                }
                 | dict(zip(("residual_1", "torchjd_1", "residual_1e4", "torchjd_1e4"), errors, strict=True))
             )
     Console(width=150).print(table)

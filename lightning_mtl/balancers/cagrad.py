@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,16 +56,17 @@ class CAGrad(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         inner = gram.numpy()
-        squares = inner.diagonal()
-        there = squares > 0
-        weights = np.full(len(inner), 1 / len(inner))
-        length = np.sqrt(max(float(inner.mean()), 0.0))
-        if self.c > 0 and length > _NO_MEAN * float(np.sqrt(squares).mean()):
-            dual = np.zeros_like(weights)
+        count = len(inner)
+        norms = np.sqrt(np.maximum(inner.diagonal(), 0))
+        weights = np.full(count, 1 / count)
+        length = math.sqrt(max(float(inner.sum()), 0.0)) / count
+        if self.c > 0 and length > _NO_MEAN * float(norms.sum()) / count:
+            there = norms > 0
+            dual = np.zeros(count)
             dual[there] = cagrad_dual(inner[there][:, there], self.c, float(there.mean()))
-            norm = np.sqrt(max(float(dual @ inner @ dual), 0.0))
-            if norm > _NOTHING * float(dual @ np.sqrt(squares)):
-                weights = weights + self.c * length / norm * dual
+            norm = math.sqrt(max(float(dual @ inner @ dual), 0.0))
+            if norm > _NOTHING * float(dual @ norms):
+                weights += self.c * length / norm * dual
         if self.rescale == "official":
             weights = weights / (1 + self.c**2)
         return torch.from_numpy(weights)

@@ -48,5 +48,5 @@ class DualProj(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
-        preference = self._or_equal_shares("preference", tasks).numpy()
+        preference = self._or_equal_shares("preference", tasks)
         return torch.from_numpy(divided(project_on_dual_cone(unit, (preference * norms)[None])[0], norms))

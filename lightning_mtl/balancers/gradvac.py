@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancers.base import GramBalancer, Tasks
+from lightning_mtl.balancers.base import GramBalancer, Tasks, in_numpy
 from lightning_mtl.checks import check_choice, check_integer, check_number
 from lightning_mtl.linalg import random_orders
 
@@ -69,20 +69,21 @@ class GradVac(GramBalancer):
         self._grown("targets", groups)
         # In numpy, as in PCGrad: calling torch would take most of the time.
         inner = gram.numpy()
-        index = np.arange(self.num_tasks)[tasks if isinstance(tasks, slice) else tasks.numpy()]
+        index = np.arange(self.num_tasks)[in_numpy(tasks)]
         norms = np.sqrt(np.maximum(inner.diagonal(axis1=1, axis2=2), 0))
         # Task i meets each of the others once: [K, T - 1, P], a turn after the other.
         rows, orders = np.arange(count), random_orders(count, self.seed + int(self.step)).T
         known = self.targets.numpy()
         others, targets = norms[:, orders], known[:, index, index[orders]]
         # A target of 1 cannot be reached; a gradient of zero has no direction.
-        room = np.sqrt(np.maximum(1 - targets**2, 0))
+        room = np.sqrt(np.maximum(1 - targets * targets, 0))
         possible = (others > 0) & (room > 0)
-        slope = np.divide(targets, room, out=np.zeros_like(room), where=possible)
-        inverse = np.divide(1.0, others, out=np.zeros_like(others), where=possible)
-        amounts, cosines, met = np.zeros_like(targets), np.zeros_like(targets), np.zeros_like(possible)
+        slope, inverse = np.zeros((2, *targets.shape))
+        np.divide(targets, room, out=slope, where=possible)
+        np.divide(1.0, others, out=inverse, where=possible)
+        amounts, cosines, lengths = np.empty((3, *targets.shape))
         # Products of the corrected gradients with the raw ones, and squares of their lengths.
-        seen, squares = inner.copy(), norms**2
+        seen, squares = inner.copy(), norms * norms
         for turn, j in enumerate(orders):
             product, other, own = seen[:, rows, j], others[:, turn], np.sqrt(np.maximum(squares, 0))
             both = own * other
@@ -90,8 +91,9 @@ class GradVac(GramBalancer):
             amount = own * (slope[:, turn] * np.sqrt(1 - phi * phi) - phi) * inverse[:, turn] * (phi < targets[:, turn])
             squares = squares + amount * (2 * product + amount * other * other)
             seen += amount[:, :, None] * inner[:, j]
-            amounts[:, turn], cosines[:, turn], met[:, turn] = amount, phi, both > 0
-        known[:, index, index[orders]] = np.where(met, (1 - self.beta) * targets + self.beta * cosines, targets)
-        mix = np.tile(np.eye(count), (groups, 1, 1))
-        mix[:, rows, orders] = amounts
+            amounts[:, turn], cosines[:, turn], lengths[:, turn] = amount, phi, both
+        followed = (1 - self.beta) * targets + self.beta * cosines
+        known[:, index, index[orders]] = np.where(lengths > 0, followed, targets)
+        mix = np.zeros((groups, count, count))
+        mix[:, rows, rows], mix[:, rows, orders] = 1, amounts
         return torch.from_numpy(mix.sum(1))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancers.base import GramBalancer, Tasks
+from lightning_mtl.balancers.base import GramBalancer, Tasks, in_numpy
 from lightning_mtl.checks import bad_argument, check_number
-from lightning_mtl.linalg import nonnegative_qp, unit_gram
+from lightning_mtl.linalg import divided, nonnegative_qp, unit_gram
 
 #: A direction whose squared length is this small against its parts is what rounding leaves of zero.
 _NOTHING = 1e-14
@@ -74,21 +75,16 @@ class PCD(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
-        self.squares[tasks] = self.beta * self.squares[tasks] + (1 - self.beta) * gram.diagonal().clamp(min=0)
-        self.updates[tasks] += 1
-        usual = torch.sqrt(self.squares[tasks] / (1 - self.beta ** self.updates[tasks])).numpy()
-        index = torch.arange(self.num_tasks)[tasks].tolist()
-        primary = self._place(self.primary, "primary")
-        if primary not in index:
+        usual, index = self._usual(norms, tasks), np.arange(self.num_tasks)[in_numpy(tasks)]
+        primary = index == self._place(self.primary, "primary")
+        if not primary.any():
             return torch.full_like(losses, 1 / len(losses))
-        place = index.index(primary)
-        weights = np.zeros(len(norms))
-        weights[place] = 1.0
-        others = (np.arange(len(norms)) != place) & (norms > 0)
+        place = int(primary.argmax())
+        others = ~primary & (norms > 0)
         if norms[place] > 0 and others.any():
             # In unit rows: |g~| = norms / usual.
-            length = norms / usual
-            wanted = self.tau[tasks].numpy()[others] * length[others] - unit[others, place] * length[place]
+            length = divided(norms, usual)
+            wanted = self.tau.numpy()[index][others] * length[others] - unit[others, place] * length[place]
             inside = unit[others][:, others]
             pushes = nonnegative_qp(inside, -wanted[None])[0]
             made = inside @ pushes - wanted
@@ -96,7 +92,14 @@ class PCD(GramBalancer):
             mixed[place], mixed[others] = length[place], pushes
             square = float(mixed @ unit @ mixed)
             kept = made.min() >= -1e-6 * length.max()
-            if kept and square > _NOTHING * float(np.abs(mixed).sum()) ** 2:
-                weights = np.divide(mixed, norms, out=np.zeros_like(mixed), where=norms > 0)
-                weights *= norms[place] / np.sqrt(square)
-        return torch.from_numpy(weights)
+            if kept and square > _NOTHING * float(mixed.sum()) ** 2:
+                return torch.from_numpy(divided(mixed, norms) * (norms[place] / math.sqrt(square)))
+        return torch.from_numpy(primary.astype(float))
+
+    def _usual(self, norms: np.ndarray, tasks: Tasks) -> np.ndarray:
+        """Move the moving averages of the squared norms; their roots, without the bias of a start at zero."""
+        at, squares, updates = in_numpy(tasks), self.squares.numpy(), self.updates.numpy()
+        squares[at] = now = self.beta * squares[at] + (1 - self.beta) * norms * norms
+        updates[at] += 1
+        usual: np.ndarray = np.sqrt(now / (1 - self.beta ** updates[at]))
+        return usual

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from lightning_mtl.linalg.active_set import bordered, until_zero
@@ -26,106 +28,109 @@ def cagrad_dual(gram: Array, c: float, share: float = 1.0) -> Array:
 
     Shapes: gram ``[T, T]`` without rows of zeros, c > 0 -> ``[T]``, >= 0, summing to 1.
     """
-    unit, norms = unit_gram(gram)
-    pull = share * gram.mean(1)
-    radius = c * np.sqrt(max(share * float(pull.mean()), 0.0))
-    w = _descend(unit, norms, pull, radius)
-    return _bracketed(unit, norms, pull, radius) if w is None else w
+    problem = _Problem(gram, c, share)
+    w = problem.descend()
+    return problem.bracketed() if w is None else w
 
 
-def _descend(unit: Array, norms: Array, pull: Array, radius: float) -> Array | None:
-    """From support to support, each time to its own minimiser; ``None`` where rounding gets in the way."""
-    size, best = len(norms), np.inf
-    support, w = np.ones(size, bool), np.full(size, 1 / size)
-    for _ in range(10 * size + 10):
-        _, aim, away = _root(unit, norms, pull, support, radius)
-        # Where the objective falls without end: as far as the simplex goes.
-        target = aim if aim is not None else None if away is None else w + away
-        if target is None:
-            return None
-        falling = support & (target <= 0 if aim is not None else target < w)
-        if falling.any():
-            if best == np.inf:  # on the way to the first minimiser, all that fall go at once
-                support = support & ~falling
-                if not support.any():
-                    support[np.argmin(pull + radius * norms)] = True
-                w = support / support.sum()
+class _Problem:
+    """The unit gram, and the vectors in which nothing is large."""
+
+    def __init__(self, gram: Array, c: float, share: float) -> None:
+        self.unit, self.norms = unit_gram(gram)
+        count = len(gram)
+        self.pull = gram.sum(1) * (share / count)
+        self.radius = c * math.sqrt(max(share * float(self.pull.sum()) / count, 0.0))
+        self.wish = self.pull / self.norms
+        self.smallest = float(self.norms.min())
+        self.normal = self.smallest / self.norms
+
+    def descend(self) -> Array | None:
+        """From support to support, each time to its own minimiser; ``None`` where rounding gets in the way."""
+        size, best = len(self.norms), math.inf
+        support, w = np.ones(size, bool), np.full(size, 1 / size)
+        for _ in range(10 * size + 10):
+            _, aim, away = self.root(support)
+            # Where the objective falls without end: as far as the simplex goes.
+            target = aim if aim is not None else None if away is None else w + away
+            if target is None:
+                return None
+            falling = support & (target <= 0 if aim is not None else target < w)
+            if falling.any():
+                if best == math.inf:  # on the way to the first minimiser, all that fall go at once
+                    support = support & ~falling
+                    if not support.any():
+                        support[np.argmin(self.pull + self.radius * self.norms)] = True
+                    w = support / support.sum()
+                    continue
+                w, stopped = until_zero(w, target, falling, longest=math.inf)
+                support = support & ~stopped
                 continue
-            w, stopped = until_zero(w, target, falling, longest=np.inf)
-            support = support & ~stopped
-            continue
-        if aim is None:
-            return None
-        w = aim
-        length = _length(unit, norms, w)
-        value = float(w @ pull) + radius * length
-        if length == 0 or value >= best:
-            return None
-        best = value
-        # The slope along each row of length 1; at the minimum those outside the support are not below its level.
-        slope = pull / norms + radius / length * (unit @ (w * norms))
-        slack = slope - value / norms
-        slack[support] = np.inf
-        worst = int(np.argmin(slack))
-        if slack[worst] >= -_SOLVED * (radius + np.abs(pull / norms).max()):
-            return w
-        support = support.copy()
-        support[worst] = True
-    return None
+            if aim is None:
+                return None
+            w = aim
+            scaled = w * self.norms
+            seen = self.unit @ scaled
+            length = math.sqrt(max(float(scaled @ seen), 0.0))
+            value = float(w @ self.pull) + self.radius * length
+            if length == 0 or value >= best:
+                return None
+            best = value
+            # The slope along each row of length 1; at the minimum those outside the support are not below its level.
+            slack = self.wish + (self.radius / length) * seen - value / self.norms
+            slack[support] = np.inf
+            worst = int(slack.argmin())
+            if slack[worst] >= -_SOLVED * (self.radius + float(np.abs(self.wish).max())):
+                return w
+            support = support.copy()
+            support[worst] = True
+        return None
 
+    def bracketed(self) -> Array:
+        """The right ``t`` by a quadratic program for each, in a bracket that shrinks."""
+        low, high, t = 0.0, math.inf, 0.0
+        w: Array | None = None
+        for _ in range(100):
+            w = simplex_qp(self.unit, self.norms, t * self.pull, w, refine=False)
+            scaled = w * self.norms
+            length = math.sqrt(max(float(scaled @ self.unit @ scaled), 0.0))
+            excess = length - t * self.radius
+            low, high = (t, high) if excess > 0 else (low, t)
+            if abs(excess) <= _SOLVED * (length + t * self.radius) or low * (1 + 4 * _EPS) >= high:
+                break
+            t, _, _ = self.root(w > 0)
+            if not low < t < high:
+                t = (low + high) / 2 if math.isfinite(high) else 2 * low + length / self.radius
+        assert w is not None
+        return w
 
-def _bracketed(unit: Array, norms: Array, pull: Array, radius: float) -> Array:
-    """The right ``t`` by a quadratic program for each, in a bracket that shrinks."""
-    low, high, t = 0.0, np.inf, 0.0
-    w: Array | None = None
-    for _ in range(100):
-        w = simplex_qp(unit, norms, t * pull, w, refine=False)
-        length = _length(unit, norms, w)
-        excess = length - t * radius
-        low, high = (t, high) if excess > 0 else (low, t)
-        if abs(excess) <= _SOLVED * (length + t * radius) or low * (1 + 4 * _EPS) >= high:
-            break
-        t, _, _ = _root(unit, norms, pull, w > 0, radius)
-        if not low < t < high:
-            t = (low + high) / 2 if np.isfinite(high) else 2 * low + length / radius
-    assert w is not None
-    return w
+    def root(self, support: Array) -> tuple[float, Array | None, Array | None]:
+        """The ``t > 0`` at which the minimiser on this support has length ``t * radius``, and that minimiser.
 
-
-def _length(unit: Array, norms: Array, w: Array) -> float:
-    scaled = w * norms
-    return float(np.sqrt(max(scaled @ unit @ scaled, 0.0)))
-
-
-def _root(
-    unit: Array, norms: Array, pull: Array, support: Array, radius: float
-) -> tuple[float, Array | None, Array | None]:
-    """The ``t > 0`` at which the minimiser on this support has length ``t * radius``, and that minimiser.
-
-    If there is none, NaN, ``None``, and the direction in which the objective falls without end, if it does.
-    """
-    nothing = float("nan"), None, None
-    n, b = norms[support], pull[support]
-    count, smallest = len(n), n.min()
-    system = bordered(unit[support][:, support], smallest / n)
-    sides = np.zeros((count + 1, 2))
-    sides[count, 0] = smallest
-    sides[:count, 1] = -b / n
-    try:
-        fixed, moving = np.linalg.solve(system, sides)[:count].T
-    except np.linalg.LinAlgError:
-        return nothing
-    inside = system[:count, :count]
-    square = float(moving @ inside @ moving) - radius**2
-    mixed = float(fixed @ inside @ moving)
-    constant = float(fixed @ inside @ fixed)
-    root = mixed**2 - square * constant
-    # The form without cancellation; the roots have the signs of constant / square.
-    q = -(mixed + np.copysign(np.sqrt(max(root, 0.0)), mixed))
-    found = [x for x in (q / square if square else np.nan, constant / q if q else np.nan) if x > 0 and root >= 0]
-    w = np.zeros(len(norms))
-    if not found:
-        w[support] = moving / n
-        return float("nan"), None, w if square > 0 else None
-    w[support] = (fixed + min(found) * moving) / n
-    return min(found), w, None
+        If there is none, NaN, ``None``, and the direction in which the objective falls without end, if it does.
+        """
+        inside, normal, wish, norms = self.unit, self.normal, self.wish, self.norms
+        if not support.all():
+            inside, normal, wish, norms = inside[support][:, support], normal[support], wish[support], norms[support]
+        # In v = w n / smallest norm; the right sides of the constraint, and of what is linear in t.
+        sides = np.zeros((len(norms) + 1, 2))
+        sides[-1, 0], sides[:-1, 1] = self.smallest, -wish
+        try:
+            lines = np.linalg.solve(bordered(inside, normal), sides)[:-1]
+        except np.linalg.LinAlgError:
+            return math.nan, None, None
+        (constant, mixed), (_, square) = (lines.T @ (inside @ lines)).tolist()
+        square -= self.radius**2
+        under = mixed**2 - square * constant
+        # The form without cancellation; the roots have the signs of constant / square.
+        q = -(mixed + math.copysign(math.sqrt(max(under, 0.0)), mixed))
+        found = [
+            x for x in (q / square if square else math.nan, constant / q if q else math.nan) if x > 0 and under >= 0
+        ]
+        w = np.zeros(len(support))
+        if not found:
+            w[support] = lines[:, 1] / norms
+            return math.nan, None, w if square > 0 else None
+        t = min(found)
+        w[support] = (lines[:, 0] + t * lines[:, 1]) / norms
+        return t, w, None

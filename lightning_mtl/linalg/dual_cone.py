@@ -21,10 +21,11 @@ def project_on_dual_cone(unit: Array, vectors: Array) -> Array:
     scaled = np.divide(vectors, size, out=np.zeros_like(vectors), where=size > 0)
     pushed: Array = scaled + nonnegative_qp(unit, scaled @ unit)
     # What is left of a vector that was cut to nothing is rounding.
-    length = np.einsum("bi,bi->b", pushed @ unit, pushed)
-    noise = 64 * _EPS * len(unit) * np.square(pushed).sum(1).clip(1)
+    length = (pushed @ unit * pushed).sum(1)
+    noise = 64 * _EPS * len(unit) * np.maximum((pushed * pushed).sum(1), 1)
     pushed[length <= noise] = 0
-    return pushed * size
+    pushed *= size
+    return pushed
 
 
 def nonnegative_qp(unit: Array, linear: Array) -> Array:
@@ -64,15 +65,15 @@ def _solve(inside: Array, right: Array) -> Array:
     return np.asarray(np.linalg.lstsq(inside, right, rcond=_EPS * len(right))[0])
 
 
-def _tolerance(linear: Array, y: Array) -> Array:
-    """What rounding leaves in ``C y + q``."""
-    bound: Array = 32 * _EPS * (np.abs(linear).max(-1, keepdims=True) + np.abs(y).sum(-1, keepdims=True))
+def _tolerance(largest: Array | float, y: Array) -> Array:
+    """What rounding leaves in ``C y + q``, ``q`` as large as given."""
+    bound: Array = (32 * _EPS) * (largest + np.abs(y).sum(-1, keepdims=True))
     return bound
 
 
 def _optimal(unit: Array, linear: Array, y: Array) -> Array:
     slope = y @ unit + linear
-    bound = _tolerance(linear, y)
+    bound = _tolerance(np.abs(linear).max(-1, keepdims=True), y)
     with np.errstate(invalid="ignore"):
         fine: Array = ((y >= 0) & (slope >= -bound) & ((y == 0) | (slope <= bound))).all(1)
     return fine
@@ -80,49 +81,54 @@ def _optimal(unit: Array, linear: Array, y: Array) -> Array:
 
 def _block_pivoting(unit: Array, linear: Array) -> tuple[Array, Array]:
     """The last point of each of the batch, ``[B, T]``, and whether it is the minimiser, ``[B]``."""
-    batch, size = linear.shape
-    free = linear < 0
-    result, solved = np.zeros_like(linear), np.zeros(batch, bool)
-    left, patience = np.arange(batch), np.full(batch, 3)
-    fewest = np.full(batch, size + 1)
-    eye = np.eye(size, dtype=bool)
+    size = linear.shape[1]
+    left, chosen, aim, eye = None, linear < 0, linear, np.eye(size)
+    largest = np.abs(linear).max(1, keepdims=True)
     # Where rows depend on each other it may not end; a dozen rounds are many.
     for _ in range(30):
-        chosen, aim = free[left], linear[left]
         system = np.where(chosen[:, :, None] & chosen[:, None, :], unit, eye)
         try:
-            y = np.linalg.solve(system, np.where(chosen, -aim, 0)[..., None])[..., 0]
+            y = np.linalg.solve(system, (chosen * -aim)[..., None])[..., 0]
         except np.linalg.LinAlgError:
             break
         slope = y @ unit + aim
-        bound = _tolerance(aim, y)
-        wrong = np.where(chosen, y < 0, slope < -bound)
+        bound = _tolerance(largest, y)
+        wrong = np.where(chosen, y, slope + bound) < 0
         count = wrong.sum(1)
-        result[left] = np.where(chosen, y, 0)
         done = count == 0
         # Not so where the system was too near to singular to be solved well.
-        solved[left[done]] = (~chosen | (np.abs(slope) <= bound)).all(1)[done]
+        fine = done & (np.abs(slope * chosen) <= bound).all(1)
+        if left is None:
+            result, solved, left = y, fine, np.arange(len(linear))
+            fewest, patience = np.full(len(linear), size + 1), np.full(len(linear), 3)
+        else:
+            result[left], solved[left] = y, fine
         if done.all():
             break
-        improved = count < fewest[left]
-        fewest[left] = np.minimum(count, fewest[left])
-        patience[left] = np.where(improved, 3, patience[left] - 1)
+        improved = count < fewest
+        fewest = np.minimum(count, fewest)
+        patience = np.where(improved, 3, patience - 1)
         # Without progress for three rounds only the last wrong index moves, which cannot cycle (Murty 1974).
         last = size - 1 - wrong[:, ::-1].argmax(1)
         only_last = wrong & (np.arange(size) == last[:, None])
-        free[left] = chosen ^ np.where((patience[left] > 0)[:, None], wrong, only_last)
-        left = left[~done]
+        chosen = chosen ^ np.where((patience > 0)[:, None], wrong, only_last)
+        open_ = ~done
+        left, chosen, aim, largest, fewest, patience = (
+            x[open_] for x in (left, chosen, aim, largest, fewest, patience)
+        )
+    if left is None:
+        return np.zeros_like(linear), np.zeros(len(linear), bool)
     return result, solved
 
 
 def _single_pivoting(unit: Array, linear: Array) -> Array:
     size = len(linear)
-    y, free = np.zeros(size), np.zeros(size, bool)
+    y, free, largest = np.zeros(size), np.zeros(size, bool), float(np.abs(linear).max())
     for _ in range(10 * size + 50):
         slope = unit @ y + linear
         slope[free] = np.inf
         worst = int(np.argmin(slope))
-        if slope[worst] >= -_tolerance(linear, y)[0]:
+        if slope[worst] >= -_tolerance(largest, y)[0]:
             break
         free[worst] = True
         while True:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from lightning_mtl.linalg.unit import unit_gram
 
 Array = np.ndarray
+_TINY = float(np.finfo(np.float64).tiny)
 _ROUNDS = 200
 #: Rounds without a smaller residual, and weights against those without interaction, at which there is no solution.
 _PATIENCE, _ENDLESS = 40, 1e9
 #: How far a power may be from 1, or from the one before, as a logarithm.
 _FAR = 0.8
-#: A Newton step that changes no weight by more than this share is tried whole.
-_NEAR = 0.3
+#: A whole Newton step is tried if no weight loses more than this share, and taken if it leaves this share of the error.
+_INSIDE, _CLEARLY = 0.9, 0.5
 #: Relative residual at which the equation counts as solved.
 _SOLVED = 1e-5
-#: Relative residual at which Newton has nothing to add, and at which a step that does not help is the last.
-_PRECISE, _NEARLY = 1e-14, 1e-11
+#: Relative residuals at which Newton has nothing to add, at which rounding is small, and from which steps go whole.
+_PRECISE, _FINE, _NEARLY = 1e-12, 1e-10, 1e-6
 #: Added to the diagonal where no solution exists (the tasks' gradients cancel): the limit that it leads to is finite.
 _RIDGE = 1e-10
 
@@ -35,91 +38,95 @@ def fair_weights(gram: Array, power: float) -> Array:
     Shapes: gram ``[T, T]``, power > 0 -> ``[T]``.
     """
     unit, norms = unit_gram(gram)
-    weights, there = np.zeros(len(gram)), norms > 0
-    if not there.any():
-        return weights
-    unit, norms = unit[there][:, there], norms[there]
     # With a power far from 1 a point that is tried may overflow; it is then no nearer than the one before.
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        weights[there] = _weights(unit, norms, power)
-    return weights
+    with np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore"):
+        if norms.all():
+            return np.maximum(_weights(unit, norms, power), _TINY)
+        weights, there = np.zeros(len(gram)), norms > 0
+        if there.any():
+            weights[there] = np.maximum(_weights(unit[there][:, there], norms[there], power), _TINY)
+        return weights
 
 
 def _weights(unit: Array, norms: Array, power: float) -> Array:
-    # Without interaction w = norms^(-2 / (1 + p)). Powers far from 1 start at the solution for a nearer one.
-    if abs(np.log(power)) > _FAR:
-        nearer = float(power * np.exp(-np.sign(np.log(power)) * _FAR))
-        scale = _weights(unit, norms, nearer) ** ((1 + nearer) / (1 + power))
+    # In y = w n, without lengths: U y = r y^-p with r = n^(p - 1), for norms n around 1.
+    size = float(np.sqrt(norms.min() * norms.max()))
+    n = norms / size
+    # Without interaction y = n^((p - 1) / (p + 1)). Powers far from 1 start at the solution for a nearer one.
+    if abs(math.log(power)) > _FAR:
+        nearer = power * math.exp(-math.copysign(_FAR, math.log(power)))
+        start = n * (_weights(unit, n, nearer) ** ((1 + nearer) / (1 + power)))
     else:
-        scale = norms ** (-2 / (1 + power))
-    # In z = w / scale, S z = r z^-p, of the size of 1.
-    system = unit * np.outer(norms * scale, norms * scale)
-    right = scale ** (1 - power)
-    z, error = _newton(system, right, power)
+        start = n ** ((power - 1) / (power + 1))
+    right = n ** (power - 1)
+    y, error = _newton(unit, right, start, power)
     if not error <= _SOLVED:
-        z, _ = _newton(system + _RIDGE * np.diag(system.diagonal()), right, power)
-    return scale * z
+        raised = unit.copy()
+        raised.flat[:: len(n) + 1] += _RIDGE
+        y, _ = _newton(raised, right, start, power)
+    return size ** (-2 / (1 + power)) * y / n
 
 
-def _newton(system: Array, r: Array, power: float) -> tuple[Array, float]:
-    # Solved in a variable in which the system has a unit diagonal.
-    squares = system.diagonal()
-    root = np.sqrt(squares)
-    unit = system / np.outer(root, root)
-    # From the best point with equal entries.
-    ratio = float((system.sum(1) / r).mean())
-    z = np.full(len(r), min(1 / ratio, 10.0) ** (1 / (1 + power)) if ratio > 0 else 1.0)
-    seen, pull, now = _look(system, r, z, power)
-    best, error, idle = z, now, 0
+def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, float]:
+    # From the best multiple of the start.
+    ratio = float((unit @ start / (r * start**-power)).mean())
+    y = start * (min(1 / ratio, 10.0) ** (1 / (1 + power)) if ratio > 0 else 1.0)
+    endless = _ENDLESS * start
+    seen, pull, now = _look(unit, r, y, power)
+    best, error, idle = y, now, 0
     for _ in range(_ROUNDS):
         # Towards a combination that cancels the weights grow for ever.
-        if idle > _PATIENCE or z.max() > _ENDLESS:
+        if error <= _PRECISE or idle > _PATIENCE or (now > 0.1 and (y > endless).any()):
             break
-        # At the solution Newton's steps are rounding, and go on for ever.
-        if error <= _PRECISE or (error <= _SOLVED and idle > 2) or (error <= _NEARLY and idle > 0):
+        # Near the solution a step that does not help is rounding; where that is much, the next may have more luck.
+        if error <= _NEARLY and idle > (0 if error <= _FINE else 3):
             break
         matrix = unit.copy()
-        matrix.flat[:: len(r) + 1] += power * pull / z / squares
+        matrix.flat[:: len(r) + 1] += power * pull / y
         try:
-            move = np.linalg.solve(matrix, (pull - seen) / root) / root
+            lack = pull - seen
+            move = np.linalg.solve(matrix, lack)
         except np.linalg.LinAlgError:
             break
-        # Near the solution the whole step, if it brings the equation nearer.
-        tried = z + move
-        found = _look(system, r, tried, power) if np.abs(move / z).max() <= _NEAR else None
-        if found is None or not found[2] < now:
-            tried = z + _step(system, r, z, move, float((seen - pull) @ move), power) * move
-            found = _look(system, r, tried, power)
-        z, (seen, pull, now) = tried, found
-        if np.isnan(now):
+        # The whole step, if it stays inside and brings the equation clearly nearer.
+        share = move / y
+        whole = _look(unit, r, y + move, power) if share.min() > -_INSIDE else None
+        if whole is not None and (whole[2] < _CLEARLY * now or error <= _NEARLY):
+            tried, found = y + move, whole
+        else:
+            part = _step(unit, r, y, move, -float(lack @ move), power)
+            tried = y + part * move
+            found = whole if whole is not None and part == 1 else _look(unit, r, tried, power)
+        y, (seen, pull, now) = tried, found
+        if math.isnan(now):
             break
         idle = 0 if now < error else idle + 1
         if now < error:
-            best, error = z, now
+            best, error = y, now
     return best, error
 
 
-def _look(system: Array, r: Array, z: Array, power: float) -> tuple[Array, Array, float]:
+def _look(unit: Array, r: Array, y: Array, power: float) -> tuple[Array, Array, float]:
     """Both sides of the equation at a point, and how far they are apart, relatively."""
-    seen, pull = system @ z, r / z if power == 1 else r * z**-power
+    seen, pull = unit @ y, r / y if power == 1 else r * y**-power
     return seen, pull, float(np.abs(seen / pull - 1).max())
 
 
-def _step(system: Array, r: Array, z: Array, move: Array, slope: float, power: float) -> float:
-    falling = float((move / z).min())
+def _step(unit: Array, r: Array, y: Array, move: Array, slope: float, power: float) -> float:
+    falling = float((move / y).min())
     step = min(1.0, 0.9 / -falling) if falling < 0 else 1.0
-    value = _objective(system, r, z, power)
-    if -slope <= 1e-12 * (abs(value) + float(z @ np.abs(system) @ z)):
+    value = _objective(unit, r, y, power)
+    if -slope <= 1e-12 * (abs(value) + float(y @ np.abs(unit) @ y)):
         # The objective, in which large tasks drown the small, cannot tell any more: the equations themselves can.
         tried = [step * 0.5**halving for halving in range(8)]
-        return min(tried, key=lambda part: _look(system, r, z + part * move, power)[2])
+        return min(tried, key=lambda part: _look(unit, r, y + part * move, power)[2])
     for _ in range(40):
-        if _objective(system, r, z + step * move, power) <= value + 1e-4 * step * slope:
+        if _objective(unit, r, y + step * move, power) <= value + 1e-4 * step * slope:
             break
         step *= 0.5
     return step
 
 
-def _objective(system: Array, r: Array, z: Array, power: float) -> float:
-    integral = np.log(z) if power == 1 else z ** (1 - power) / (1 - power)
-    return float(0.5 * z @ system @ z - r @ integral)
+def _objective(unit: Array, r: Array, y: Array, power: float) -> float:
+    integral = np.log(y) if power == 1 else y ** (1 - power) / (1 - power)
+    return float(0.5 * y @ unit @ y - r @ integral)

@@ -78,23 +78,21 @@ def simplex_qp(unit: Array, norms: Array, linear: Array, start: Array | None = N
     v = _start(unit, c, b, start)
     size, best, stalled = len(c), np.inf, 0
     for _ in range(10 * size + 100):
-        slope = unit @ v + b
+        slope, support = unit @ v + b, v > 0
         slack = slope - (v @ slope) * c
-        slack[v > 0] = np.inf
-        worst = int(np.argmin(slack))
-        value = float(v @ (slope + b))
+        outside = np.where(support, np.inf, slack)
+        worst = int(outside.argmin())
+        value, noise = float(v @ (slope + b)), _EPS * size * float(v.max())
         # Rounding may let two supports call each other better for ever.
         stalled, best = (0, value) if value < best else (stalled + 1, best)
-        if slack[worst] >= -8 * _EPS * size * (v.max() + abs(b[worst])) or stalled > 2:
+        if outside[worst] >= -8 * (noise + _EPS * size * abs(b[worst])) or stalled > 2:
             break
-        support = v > 0
         support[worst] = True
         v = _on_support(unit, c, b, v, support)
-    if refine:
-        support = v > 0
-        error = unit[support] @ v + b[support]
+    inside = slack[support]
+    if refine and np.abs(inside).max() > noise:
         # The residual of what was solved.
-        correction = _solve(unit, c, support, (v @ (unit @ v + b)) * c[support] - error, 1 - c @ v)
+        correction = _solve(unit, c, support, -inside, 1 - c @ v)
         if (v[support] + correction > 0).all():
             v[support] += correction
     w = v * c
@@ -131,13 +129,14 @@ def _on_support(unit: Array, c: Array, b: Array, v: Array, support: Array) -> Ar
 
 def _solve(unit: Array, c: Array, support: Array, right: Array, total: float | Array) -> Array:
     """The stationary point of the quadratic on a support, where ``c @ v = total``."""
-    count = len(right)
-    system = bordered(unit[support][:, support], c[support])
-    sides = np.append(right, total)
+    inside, normal = (unit, c) if support.all() else (unit[support][:, support], c[support])
+    system, sides = bordered(inside, normal), np.empty(len(right) + 1)
+    sides[:-1], sides[-1] = right, total
     try:
-        return np.asarray(np.linalg.solve(system, sides)[:count])
+        found: Array = np.linalg.solve(system, sides)
     except np.linalg.LinAlgError:
-        return np.asarray(np.linalg.lstsq(system, sides, rcond=None)[0][:count])
+        found = np.linalg.lstsq(system, sides, rcond=None)[0]
+    return found[:-1]
 
 
 def _spread_over(mask: Array) -> Array:

@@ -18,10 +18,11 @@ def unit_gram(gram: Array) -> tuple[Array, Array]:
 
     Shapes: gram ``[T, T]`` -> unit ``[T, T]`` with diagonal 1 (or 0), norms ``[T]``.
     """
-    norms = np.sqrt(np.maximum(gram.diagonal(), 0.0))
-    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    unit = gram * inverse * inverse[:, None]
-    np.fill_diagonal(unit, norms > 0)
+    norms: Array = np.sqrt(np.maximum(gram.diagonal(), 0.0))
+    there = norms > 0
+    inverse = np.divide(1.0, norms, out=np.zeros(len(norms)), where=there)
+    unit: Array = gram * inverse * inverse[:, None]
+    unit.flat[:: len(norms) + 1] = there
     return unit, norms
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,11 @@ from lightning_mtl.checks import (
 # What a method indexes its [T] state with: the present tasks. A slice when all are present (no copy, no sync).
 Tasks = slice | Tensor
 ALL: Tasks = slice(None)
+
+
+def in_numpy(tasks: Tasks) -> Any:
+    """The same index, for arrays."""
+    return tasks if isinstance(tasks, slice) else tasks.numpy()
 
 
 class Balancer(nn.Module):
@@ -92,9 +98,9 @@ class Balancer(nn.Module):
         self._settings[name] = (dict(given) if isinstance(given, Mapping) else given), default, low, high
         self.register_buffer(name, self._setting_values(name), persistent=False)
 
-    def _or_equal_shares(self, name: str, tasks: Tasks) -> Tensor:
+    def _or_equal_shares(self, name: str, tasks: Tasks) -> np.ndarray:
         """A setting of the present tasks; one over their number each where it was not given. Shapes: -> ``[P]``."""
-        values = self.get_buffer(name)[tasks]
+        values: np.ndarray = getattr(self, name).numpy()[in_numpy(tasks)]
         return values / len(values) if self._settings[name][0] is None else values
 
     def _setting_values(self, name: str) -> Tensor:
