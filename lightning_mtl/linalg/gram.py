@@ -8,61 +8,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.linalg.unit import eigen
+from lightning_mtl.linalg.unit import eigen, unit_gram
 
-# Columns per block. On the CPU a block of products is summed in float32 while it is in the first cache, on other
-# devices it is converted to float64; the sum over blocks is float64 everywhere.
-_BLOCK_CPU = 1 << 10
+# Columns per block; the sum over blocks is float64 everywhere. On the CPU a block stays in a cache, in float32 in the
+# first, in float64 in the second; on other devices large blocks mean few kernels.
+_BLOCK_FLOAT32 = 1 << 10
+_BLOCK_CPU = 1 << 16  # of numbers
 _BLOCK = 1 << 22
-# Smallest eigenvalue of the unit gram from which on float32 products will do.
-_CLEAR = 1e-2
+# Smallest eigenvalue of the unit gram, over the ratio of the lengths, from which on float32 products will do.
+_CLEAR = 0.05
 
 
 def gram(rows: Tensor) -> Tensor:
     """Inner products of the rows, summed in float64: relative to the norms exact to 1e-6 for float32 rows.
 
-    On the CPU float32 products will do, block by block, if the rows turn out to be clearly independent. Where they
-    (nearly) depend on each other, products are float64 too: rank decisions hang on the last digits.
+    On the CPU float32 products will do, block by block, if the rows turn out to be clearly independent and about
+    equally long. Where they (nearly) depend on each other, products are float64 too, because rank decisions hang on the
+    last digits; where one is much longer, because beside it the others' products are last digits.
 
     Shapes: rows ``[T, N]`` -> gram float64 ``[T, T]``.
     """
     # Reduced-precision matmul (a setting that many turn on for speed) must not reach the gram.
     exact = torch.get_float32_matmul_precision() == "highest"
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and exact and rows.shape[1] >= _BLOCK_CPU:
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and exact and rows.shape[1] >= _BLOCK_FLOAT32:
         total = _in_float32(rows)
-        if _independent(total):
+        if _clear(total):
             return total
     return _in_float64(rows)
 
 
 def _in_float64(rows: Tensor) -> Tensor:
     total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-    for begin in range(0, rows.shape[1], _BLOCK):
-        wide = rows[:, begin : begin + _BLOCK].double()
+    for block in rows.split(max(_BLOCK_CPU // max(len(rows), 1), 1) if rows.device.type == "cpu" else _BLOCK, dim=1):
+        wide = block.double()
         total.addmm_(wide, wide.T)
     return (total + total.T) / 2
 
 
 def _in_float32(rows: Tensor) -> Tensor:
-    done = rows.shape[1] // _BLOCK_CPU * _BLOCK_CPU
-    blocks = rows[:, :done].unflatten(1, (-1, _BLOCK_CPU)).transpose(0, 1)
+    done = rows.shape[1] // _BLOCK_FLOAT32 * _BLOCK_FLOAT32
+    blocks = rows[:, :done].unflatten(1, (-1, _BLOCK_FLOAT32)).transpose(0, 1)
     total = torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=torch.float64)
     rest = _in_float64(rows[:, done:]) if done < rows.shape[1] else 0
     return (total + total.T) / 2 + rest
 
 
-def _independent(gram: Tensor) -> bool:
-    """Whether an error of 1e-7 in a cosine is small against what tells the rows apart."""
+def _clear(gram: Tensor) -> bool:
+    """Whether an error of 1e-7 in a cosine is small against what tells the rows apart, and against the shortest."""
     # In numpy: on the CPU, with a handful of numbers, calling torch would take most of the time.
     inner = gram.numpy()
     if not np.isfinite(inner).all():
         return False
-    norms = np.sqrt(inner.diagonal().clip(min=0))
+    unit, norms = unit_gram(inner)
     there = norms > 0
     if not there.all():
-        inner, norms = inner[np.ix_(there, there)], norms[there]
-    unit = inner / norms / norms[:, None]
-    return len(unit) == 0 or float(eigen(unit)[0][0]) > _CLEAR
+        unit, norms = unit[there][:, there], norms[there]
+    if len(norms) == 0:
+        return True
+    ratio = float(norms.max() / norms.min())
+    return ratio * _CLEAR < 1 and float(eigen(unit)[0][0]) > ratio * _CLEAR
 
 
 def gram_of_parts(parts: Sequence[Sequence[Tensor]]) -> Tensor:
