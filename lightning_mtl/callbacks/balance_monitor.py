@@ -41,10 +41,11 @@ class BalanceMonitor(pl.Callback):
     ) -> None:
         """Log, in every n-th optimizer step."""
         balance: Balance | None = getattr(pl_module, "last_balance", None)
-        stepped, self._last_step = trainer.global_step > self._last_step, trainer.global_step
+        step = trainer.global_step
+        stepped, self._last_step = step > self._last_step, step
         usual: int = cast(Any, trainer).log_every_n_steps
         every = self.every_n_steps or usual
-        if balance is None or not stepped or not every or trainer.global_step % every:
+        if balance is None or not stepped or not every or step % every:
             return
         scalars = balance_scalars(balance, with_cosines=self.cosines)
         if every == usual:
@@ -53,7 +54,7 @@ class BalanceMonitor(pl.Callback):
         # Lightning would write these in the steps in which it logs only, and there again and again.
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step - 1)
+            logger.log_metrics(scalars, step=step - 1)
 
 
 def balance_scalars(balance: Balance, *, with_cosines: bool = True) -> dict[str, float]:
