@@ -46,7 +46,9 @@ class PCGrad(GramBalancer):
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         num = len(gram)
         # In numpy: with a handful of numbers per operation, calling torch would take most of the time.
-        inner = gram.numpy(force=True)
+        inner = gram.numpy()
+        if inner.min() >= 0:
+            return torch.ones_like(losses)
         squared = inner.diagonal()
         inverse = np.divide(1.0, squared, out=np.zeros(num), where=squared > 0)
         # Row i of `mix` writes the cut gradient of task i as a combination of the raw ones.
@@ -55,7 +57,7 @@ class PCGrad(GramBalancer):
         # The cut of task i never looks at the cut of another, so all tasks take their k-th turn together.
         for turn in range(num - 1):
             j = orders[:, turn]
-            opposed = np.einsum("ij,ij->i", mix, inner[j])
+            opposed = (mix * inner[j]).sum(1)
             mix[rows, j] -= np.minimum(opposed, 0.0) * inverse[j]
         return torch.from_numpy(mix.sum(0))
 

@@ -60,6 +60,7 @@ class BalancedBackward:
     ) -> None:
         self.step, self.balancer, self.names, self.report = step, balancer, names, report
         self.weight_heads = weight_heads
+        self.losses = stacked(step.losses).detach()
         if isinstance(balancer, RowBalancer):
             self.due, self.at_last_layer, self.needs_rows = True, False, True
             _check_no_weights(balancer, weight_heads)
@@ -84,7 +85,7 @@ class BalancedBackward:
     def loss(self) -> Tensor:
         """The scalar whose backward this is; its value is the plain sum of the losses."""
         step = self.step
-        value = stacked(step.losses).detach().sum()
+        value = self.losses.sum()
         if self.needs_rows or not self._roots_are_tensors():
             return deposit(value, [*step.shared, *step.shared_heads, *step.private], self._parameters)
         return deposit(value, [*self._distinct_roots(), *step.shared_heads, *step.private], self._features)
@@ -137,7 +138,9 @@ class BalancedBackward:
     def _weigh(self, gram: Tensor | None, scale: Tensor) -> Tensor:
         """Ask the balancer and report: weights ``[T]``, or ``[K, T]`` in groups."""
         assert isinstance(self.balancer, GramBalancer)
-        losses = torch.stack([loss.detach().double() for loss in self.step.losses]).view(-1, len(self.names)).sum(0)
+        losses = self.losses.double()
+        if len(losses) != len(self.names):
+            losses = losses.view(-1, len(self.names)).sum(0)
         present = self.step.present
         total: Tensor | None = None
         if gram is None:

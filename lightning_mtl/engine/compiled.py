@@ -43,7 +43,7 @@ def is_compiled(tensor: Tensor) -> bool:
 
 def check_several_backwards(ends: Sequence[object], owner: object) -> None:
     """Refuse a graph that was compiled for one backward: a second one could be silently wrong."""
-    if not several_backwards_allowed() and any(isinstance(end, Tensor) and is_compiled(end) for end in ends):
+    if any(isinstance(end, Tensor) and is_compiled(end) for end in ends) and not several_backwards_allowed():
         raise bad_argument(
             owner,
             "losses",

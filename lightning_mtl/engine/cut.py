@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 def tensors_of(features: Any) -> list[Tensor]:
     """The tensors of a nested structure that carry a gradient, in a fixed order, each once."""
+    if isinstance(features, Tensor):  # nearly always, and in every step
+        return [features] if features.requires_grad else []
     leaves, _ = tree_flatten(features)
     found = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
     return list(found.values())
@@ -33,7 +35,7 @@ def leaves_per_head(features: Any, num_heads: int) -> list[Any]:
                 fresh[id(value)] = value.detach().requires_grad_()
             return fresh[id(value)]
 
-        return tree_map(leaf, features)
+        return leaf(features) if isinstance(features, Tensor) else tree_map(leaf, features)
 
     return [copy() for _ in range(num_heads)]
 

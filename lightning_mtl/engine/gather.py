@@ -179,7 +179,8 @@ def sum_gram(gram: Tensor, losses: Tensor, scale: Tensor) -> tuple[Tensor | None
     world, size = world_size(), gram.numel()
     if world == 1 and gram.device.type == "cpu":
         factor = float(scale)
-        return (gram / factor**2 if factor else None), losses.detach().double()
+        unscaled = gram if factor == 1 else gram / factor**2 if factor else None
+        return unscaled, losses.detach().double()
     packed = torch.cat([gram.reshape(-1), losses.detach().to(gram.device, torch.float64)])
     if world > 1:
         dist.all_reduce(packed)

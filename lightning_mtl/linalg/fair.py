@@ -49,8 +49,8 @@ def fair_weights(gram: Array, power: float) -> Array:
 
 
 def _weights(unit: Array, norms: Array, power: float) -> Array:
-    # In y = w n, without lengths: U y = r y^-p with r = n^(p - 1), for norms n around 1.
-    size = float(np.sqrt(norms.min() * norms.max()))
+    # In y = w n, without lengths: U y = r y^-p with r = n^(p - 1), for norms n around 1 (a power of 2 rounds nothing).
+    size = 2.0 ** round((math.log2(norms.min()) + math.log2(norms.max())) / 2)
     n = norms / size
     # Without interaction y = n^((p - 1) / (p + 1)). Powers far from 1 start at the solution for a nearer one.
     if abs(math.log(power)) > _FAR:
