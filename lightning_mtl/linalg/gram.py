@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.linalg.unit import eigen, unit_gram
+from lightning_mtl.linalg.unit import eigen
 
 # Columns per block; the sum over blocks is float64 everywhere. On the CPU a block stays in a cache, in float32 in the
 # first, in float64 in the second; on other devices large blocks mean few kernels.
@@ -57,19 +58,22 @@ def _clear(gram: Tensor) -> bool:
     """Whether an error of 1e-7 in a cosine is small against what tells the rows apart, and against the shortest."""
     # In numpy: on the CPU, with a handful of numbers, calling torch would take most of the time.
     inner = gram.numpy()
-    if not np.isfinite(inner).all():
+    squares = inner.diagonal()
+    shortest, longest = float(squares.min()), float(squares.max())
+    if not math.isfinite(longest) or longest <= 0:
+        return longest == 0
+    if shortest <= 0:
+        there = squares > 0
+        inner, squares = inner[there][:, there], squares[there]
+        shortest = float(squares.min())
+    needed = _CLEAR * math.sqrt(longest / shortest)
+    # Gershgorin: no eigenvalue of the unit gram is further from 1 than the cosines of a row add up to. Mostly enough.
+    inverse = 1 / np.sqrt(squares)
+    if 2 - float((np.abs(inner) @ inverse * inverse).max()) > needed:
+        return True
+    if needed >= 1 or not np.isfinite(inner).all():
         return False
-    unit, norms = unit_gram(inner)
-    there = norms > 0
-    if not there.all():
-        unit, norms = unit[there][:, there], norms[there]
-    if len(norms) == 0:
-        return True
-    needed = _CLEAR * float(norms.max() / norms.min())
-    # No eigenvalue is further from 1 than the cosines of a row add up to (Gershgorin), which mostly says enough.
-    if 2 - float(np.abs(unit).sum(1).max()) > needed:
-        return True
-    return needed < 1 and float(eigen(unit)[0][0]) > needed
+    return float(eigen(inner * inverse * inverse[:, None])[0][0]) > needed
 
 
 def gram_of_parts(parts: Sequence[Sequence[Tensor]]) -> Tensor:
