@@ -3,7 +3,8 @@
 Run:   python benchmarks/step_cost.py                       (CPU, one thread, about three minutes)
        python benchmarks/step_cost.py --device cuda --precision bf16 --nets resnet50
 Shows: "x sum"    time of a step under the Lightning Trainer, over the same step of a hand-written module that
-                  sums the losses (medians; the arms take turns, so that a busy machine slows all of them).
+                  sums the losses (in each round the arms take turns; the median of the rounds' ratios, so that a
+                  machine that slows down for a while slows both sides).
                   "missing": by MultiLabelTask, which also takes missing labels and checks every target's values.
        "x limit"  time of forward and backward without a Trainer, over one encoder forward and T encoder backwards,
                   below which no method that needs every task's gradient at the parameters can go.
@@ -182,8 +183,8 @@ def module(net: str, num_tasks: int, device: str, missing: bool = False, **optio
     return MultiTaskModule(encoder, tasks, optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3), **options)
 
 
-def under_lightning(net: str, num_tasks: int, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step per arm, arms taking turns."""
+def under_lightning(net: str, num_tasks: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Median seconds of a step per arm in each round, in which the arms take turns."""
     encoder, heads, batch = build(net, num_tasks, args.device)
     models: dict[str, L.LightningModule] = {"sum": HandWritten(encoder, nn.ModuleDict(heads))}
     models |= {arm: module(net, num_tasks, args.device, **options) for arm, options in ARMS.items()}
@@ -203,12 +204,17 @@ def under_lightning(net: str, num_tasks: int, args: argparse.Namespace) -> dict[
                 callbacks=[watch],
             )
             trainer.fit(model, DataLoader(OneBatch(batch, args.steps + 4), batch_size=None))
-            times[arm] += watch.times(skip=3)
-    return {arm: statistics.median(values) for arm, values in times.items()}
+            times[arm].append(statistics.median(watch.times(skip=3)))
+    return times
 
 
-def against_limit(net: str, num_tasks: int, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of forward and backward of "pcgrad, parameters" and of the limit, taking turns."""
+def over(times: dict[str, list[float]], arm: str, base: str) -> float:
+    """The median over the rounds of the ratio within a round: a machine that slows down slows down both."""
+    return statistics.median(mine / its for mine, its in zip(times[arm], times[base], strict=True))
+
+
+def against_limit(net: str, num_tasks: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of forward and backward of "pcgrad, parameters" and of the limit, taking turns."""
     model = module(net, num_tasks, args.device, balancer="pcgrad").to(args.device)
     _, _, batch = build(net, num_tasks, args.device)
     encoder, parameters = model.encoder, list(model.encoder.parameters())
@@ -231,7 +237,7 @@ def against_limit(net: str, num_tasks: int, args: argparse.Namespace) -> dict[st
                 run()
                 if turn >= 3:
                     times[name].append(now() - before)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def main() -> None:
@@ -253,20 +259,26 @@ def main() -> None:
         net, _, tasks = case.partition(":")
         num_tasks = int(tasks or 3)
         steps, limits = under_lightning(net, num_tasks, args), against_limit(net, num_tasks, args)
-        ratios = {arm: steps[arm] / steps["sum"] for arm in ARMS}
-        over = limits["balanced"] / limits["limit"]
+        ratios = {arm: over(steps, arm, "sum") for arm in ARMS}
+        over_limit = over(limits, "balanced", "limit")
         table.add_row(
             net,
             str(num_tasks),
-            f"{1e3 * steps['sum']:.1f}",
+            f"{1e3 * statistics.median(steps['sum']):.1f}",
             *(f"{ratio:.3f} x sum" for ratio in ratios.values()),
-            f"{1e3 * limits['limit']:.1f}",
-            f"{over:.3f}",
+            f"{1e3 * statistics.median(limits['limit']):.1f}",
+            f"{over_limit:.3f}",
         )
-        results.append({"net": net, "tasks": num_tasks, "seconds": steps, "x_sum": ratios, "x_limit": over})
+        seconds = {arm: statistics.median(times) for arm, times in steps.items()}
+        results.append({"net": net, "tasks": num_tasks, "seconds": seconds, "x_sum": ratios, "x_limit": over_limit})
     Console(width=170).print(table)
     if args.out:
-        about = {"machine": machine, "torch": torch.__version__, "precision": args.precision, "results": results}
+        # Networks that were measured in another run stay, so that a large one can have a run of its own.
+        stored = json.loads(args.out.read_text())["results"] if args.out.exists() else []
+        again = {(result["net"], result["tasks"]): result for result in results}
+        kept = [again.pop((result["net"], result["tasks"]), result) for result in stored]
+        about = {"machine": machine, "torch": torch.__version__, "precision": args.precision}
+        about["results"] = [*kept, *again.values()]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about, indent=1) + "\n")
 
