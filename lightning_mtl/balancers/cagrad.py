@@ -60,7 +60,7 @@ class CAGrad(GramBalancer):
         norms = np.sqrt(np.maximum(inner.diagonal(), 0))
         weights = np.full(count, 1 / count)
         length = math.sqrt(max(float(inner.sum()), 0.0)) / count
-        if self.c > 0 and length > _NO_MEAN * float(norms.sum()) / count:
+        if self.c * length > 0 and length > _NO_MEAN * float(norms.sum()) / count:
             there = norms > 0
             dual = np.zeros(count)
             dual[there] = cagrad_dual(inner[there][:, there], self.c, float(there.mean()))

@@ -28,13 +28,13 @@ def cagrad_dual(gram: Array, c: float, share: float = 1.0) -> Array:
 
     Shapes: gram ``[T, T]`` without rows of zeros, c > 0 -> ``[T]``, >= 0, summing to 1.
     """
-    problem = _Problem(gram, c, share)
-    w = problem.descend()
-    return problem.bracketed() if w is None else w
+    dual = _Dual(gram, c, share)
+    w = dual.descend()
+    return dual.bracketed() if w is None else w
 
 
-class _Problem:
-    """The unit gram, and the vectors in which nothing is large."""
+class _Dual:
+    """One problem: the unit gram, and the vectors of its dual in which nothing is large."""
 
     def __init__(self, gram: Array, c: float, share: float) -> None:
         self.unit, self.norms = unit_gram(gram)
@@ -88,19 +88,24 @@ class _Problem:
 
     def bracketed(self) -> Array:
         """The right ``t`` by a quadratic program for each, in a bracket that shrinks."""
-        low, high, t = 0.0, math.inf, 0.0
+        # No combination is longer than the longest row.
+        low, high, t, longest = 0.0, math.inf, 0.0, float(self.norms.max()) / self.radius
         w: Array | None = None
         for _ in range(100):
             w = simplex_qp(self.unit, self.norms, t * self.pull, w, refine=False)
             scaled = w * self.norms
             length = math.sqrt(max(float(scaled @ self.unit @ scaled), 0.0))
             excess = length - t * self.radius
-            low, high = (t, high) if excess > 0 else (low, t)
-            if abs(excess) <= _SOLVED * (length + t * self.radius) or low * (1 + 4 * _EPS) >= high:
+            if t > 0:  # at 0 a combination that is zero looks like the solution, which it need not be
+                low, high = (t, high) if excess > 0 else (low, t)
+                if abs(excess) <= _SOLVED * (length + t * self.radius) or low * (1 + 4 * _EPS) >= high:
+                    break
+            if high <= _EPS * longest:
                 break
             t, _, _ = self.root(w > 0)
             if not low < t < high:
-                t = (low + high) / 2 if math.isfinite(high) else 2 * low + length / self.radius
+                t = min(2 * low, longest) if math.isinf(high) else (low + high) / 2 if low > 0 else high / 16
+                t = t or longest
         assert w is not None
         return w
 
@@ -120,8 +125,11 @@ class _Problem:
         except np.linalg.LinAlgError:
             return math.nan, None, None
         (constant, mixed), (_, square) = (lines.T @ (inside @ lines)).tolist()
-        square -= self.radius**2
-        under = mixed**2 - square * constant
+        # Where the rows of the support can be combined to zero, what is left of it is rounding.
+        if constant <= 64 * _EPS * len(norms) * float(lines[:, 0] @ lines[:, 0]):
+            constant = mixed = 0.0
+        square -= self.radius * self.radius
+        under = mixed * mixed - square * constant
         # The form without cancellation; the roots have the signs of constant / square.
         q = -(mixed + math.copysign(math.sqrt(max(under, 0.0)), mixed))
         found = [

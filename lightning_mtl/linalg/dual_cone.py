@@ -81,14 +81,16 @@ def _optimal(unit: Array, linear: Array, y: Array) -> Array:
 
 def _block_pivoting(unit: Array, linear: Array) -> tuple[Array, Array]:
     """The last point of each of the batch, ``[B, T]``, and whether it is the minimiser, ``[B]``."""
-    size = linear.shape[1]
-    left, chosen, aim, eye = None, linear < 0, linear, np.eye(size)
-    largest = np.abs(linear).max(1, keepdims=True)
+    batch, size = linear.shape
+    result, solved = np.zeros_like(linear), np.zeros(batch, bool)
+    fewest, patience, left = np.full(batch, size + 1), np.full(batch, 3), np.arange(batch)
+    chosen, aim, largest, eye = linear < 0, linear, np.abs(linear).max(1, keepdims=True), np.eye(size)
     # Where rows depend on each other it may not end; a dozen rounds are many.
     for _ in range(30):
+        # Outside the chosen the system is the identity, so that y is 0 there to the last bit.
         system = np.where(chosen[:, :, None] & chosen[:, None, :], unit, eye)
         try:
-            y = np.linalg.solve(system, (chosen * -aim)[..., None])[..., 0]
+            y = np.linalg.solve(system, np.where(chosen, -aim, 0)[..., None])[..., 0]
         except np.linalg.LinAlgError:
             break
         slope = y @ unit + aim
@@ -98,11 +100,7 @@ def _block_pivoting(unit: Array, linear: Array) -> tuple[Array, Array]:
         done = count == 0
         # Not so where the system was too near to singular to be solved well.
         fine = done & (np.abs(slope * chosen) <= bound).all(1)
-        if left is None:
-            result, solved, left = y, fine, np.arange(len(linear))
-            fewest, patience = np.full(len(linear), size + 1), np.full(len(linear), 3)
-        else:
-            result[left], solved[left] = y, fine
+        result[left], solved[left] = y, fine
         if done.all():
             break
         improved = count < fewest
@@ -112,12 +110,9 @@ def _block_pivoting(unit: Array, linear: Array) -> tuple[Array, Array]:
         last = size - 1 - wrong[:, ::-1].argmax(1)
         only_last = wrong & (np.arange(size) == last[:, None])
         chosen = chosen ^ np.where((patience > 0)[:, None], wrong, only_last)
-        open_ = ~done
-        left, chosen, aim, largest, fewest, patience = (
-            x[open_] for x in (left, chosen, aim, largest, fewest, patience)
-        )
-    if left is None:
-        return np.zeros_like(linear), np.zeros(len(linear), bool)
+        more = ~done
+        left, chosen, aim = left[more], chosen[more], aim[more]
+        largest, fewest, patience = largest[more], fewest[more], patience[more]
     return result, solved
 
 

@@ -9,18 +9,28 @@ import numpy as np
 from lightning_mtl.linalg.unit import unit_gram
 
 Array = np.ndarray
-_TINY = float(np.finfo(np.float64).tiny)
+_TINY = float(np.finfo(np.float64).smallest_subnormal)
 _ROUNDS = 200
-#: Rounds without a smaller residual, and weights against those without interaction, at which there is no solution.
-_PATIENCE, _ENDLESS = 40, 1e9
+#: Rounds without a smaller residual at which there is no solution.
+_PATIENCE = 40
+#: As a power of 10, weights against those without interaction at which there is none, for powers from 1 on.
+_ENDLESS = 9.0
 #: How far a power may be from 1, or from the one before, as a logarithm.
 _FAR = 0.8
-#: A whole Newton step is tried if no weight loses more than this share, and taken if it leaves this share of the error.
-_INSIDE, _CLEARLY = 0.9, 0.5
-#: Relative residual at which the equation counts as solved.
+#: A whole Newton step is tried if no weight loses more than this share,
+_INSIDE = 0.9
+#: and taken if it leaves at most this share of the residual.
+_CLEARLY = 0.5
+#: Relative residual from which on rounding may be most of it, and the terms over the sum from which on it is.
+_ROUGH, _DIGITS = 1e-4, 1e-7
+#: Relative residual at which the equation counts as solved,
 _SOLVED = 1e-5
-#: Relative residuals at which Newton has nothing to add, at which rounding is small, and from which steps go whole.
-_PRECISE, _FINE, _NEARLY = 1e-12, 1e-10, 1e-6
+#: from which on steps go whole,
+_NEARLY = 1e-6
+#: at which what is left is rounding if a step does not help,
+_FINE = 1e-10
+#: and at which Newton has nothing to add.
+_PRECISE = 1e-12
 #: Added to the diagonal where no solution exists (the tasks' gradients cancel): the limit that it leads to is finite.
 _RIDGE = 1e-10
 
@@ -50,7 +60,7 @@ def fair_weights(gram: Array, power: float) -> Array:
 
 def _weights(unit: Array, norms: Array, power: float) -> Array:
     # In y = w n, without lengths: U y = r y^-p with r = n^(p - 1), for norms n around 1 (a power of 2 rounds nothing).
-    size = 2.0 ** round((math.log2(norms.min()) + math.log2(norms.max())) / 2)
+    size = np.exp2(round((math.log2(norms.min()) + math.log2(norms.max())) / 2))
     n = norms / size
     # Without interaction y = n^((p - 1) / (p + 1)). Powers far from 1 start at the solution for a nearer one.
     if abs(math.log(power)) > _FAR:
@@ -71,7 +81,8 @@ def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, f
     # From the best multiple of the start.
     ratio = float((unit @ start / (r * start**-power)).mean())
     y = start * (min(1 / ratio, 10.0) ** (1 / (1 + power)) if ratio > 0 else 1.0)
-    endless = _ENDLESS * start
+    # The smaller the power, the further apart weights are that belong to a bargain.
+    endless = 10.0 ** min(_ENDLESS * max(1 / power, 1.0), 300.0) * start
     seen, pull, now = _look(unit, r, y, power)
     best, error, idle = y, now, 0
     for _ in range(_ROUNDS):
@@ -107,9 +118,14 @@ def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, f
 
 
 def _look(unit: Array, r: Array, y: Array, power: float) -> tuple[Array, Array, float]:
-    """Both sides of the equation at a point, and how far they are apart, relatively."""
+    """Both sides of the equation at a point, and how far they are apart, relative to what can be known."""
     seen, pull = unit @ y, r / y if power == 1 else r * y**-power
-    return seen, pull, float(np.abs(seen / pull - 1).max())
+    off = np.abs(seen / pull - 1)
+    error = float(off.max())
+    if _FINE < error < _ROUGH:
+        # Of a sum whose terms are many times as large as itself the last digits are rounding.
+        error = float((off / np.maximum(np.abs(unit) @ y / np.abs(seen) * _DIGITS, 1)).max())
+    return seen, pull, error
 
 
 def _step(unit: Array, r: Array, y: Array, move: Array, slope: float, power: float) -> float:

@@ -18,6 +18,8 @@ _BLOCK_CPU = 1 << 16  # of numbers
 _BLOCK = 1 << 22
 # Smallest eigenvalue of the unit gram, over the ratio of the lengths, from which on float32 products will do.
 _CLEAR = 0.05
+# Smallest squared length, and inverse of the largest, for which they will.
+_SMALLEST = 1e-24
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -60,12 +62,9 @@ def _clear(gram: Tensor) -> bool:
     inner = gram.numpy()
     squares = inner.diagonal()
     shortest, longest = float(squares.min()), float(squares.max())
-    if not math.isfinite(longest) or longest <= 0:
-        return longest == 0
-    if shortest <= 0:
-        there = squares > 0
-        inner, squares = inner[there][:, there], squares[there]
-        shortest = float(squares.min())
+    # Beyond, products of single entries leave the range of float32, and what looks like zero need not be.
+    if not _SMALLEST < shortest <= longest < 1 / _SMALLEST:
+        return False
     needed = _CLEAR * math.sqrt(longest / shortest)
     # Gershgorin: no eigenvalue of the unit gram is further from 1 than the cosines of a row add up to. Mostly enough.
     inverse = 1 / np.sqrt(squares)

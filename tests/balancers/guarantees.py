@@ -227,6 +227,13 @@ def cagrad(problem: Problem) -> Residuals:
     radius = c * max(float(np.linalg.norm(mean)), NOTHING * float(norms.mean()))
     yield "outside the ball", float(np.linalg.norm(pushed)) / radius - 1
     yield "negative dual weight", -float((dual * norms).min()) / (pieces or 1.0)
+    if problem.rank == 1:
+        # On a line the least gain is largest at an end of the ball.
+        signed = norms * np.sign(rows @ rows[0])
+        ends = signed.mean() * np.array([1 - c, 1 + c])
+        best = ends[np.argmax([(signed * end).min() for end in ends])]
+        if abs(signed.mean()) > NOTHING * norms.mean():
+            yield "closed form on a line", abs(float(signed @ weights) / best - 1)
     if problem.margin <= MARGIN:
         return
     yield "inside the ball", 1 - float(np.linalg.norm(pushed)) / radius

@@ -95,3 +95,24 @@ def test_a_large_alpha_is_finite_and_silent(alpha):
         weights = FairGrad(7, alpha=alpha)(task_rows @ task_rows.T, torch.ones(7))
         assert torch.isfinite(weights).all()
         assert (weights > 0).all()
+
+
+@pytest.mark.parametrize("alpha", [5.0, 10.0, 15.0, 20.0])
+def test_a_bargain_far_from_equal_weights_is_found(alpha):
+    """Weights are powers of gains: with these lengths some are 1e40 times as large as others."""
+    random = torch.Generator().manual_seed(3)
+    lengths = torch.logspace(0, 4, 8, dtype=torch.float64)
+    task_rows = (
+        torch.nn.functional.normalize(torch.randn(8, 11, generator=random, dtype=torch.float64)) * lengths[:, None]
+    )
+    gram = task_rows @ task_rows.T
+    weights = FairGrad(8, alpha=alpha)(gram, torch.ones(8))
+    torch.testing.assert_close(weights * (gram @ weights) ** alpha, torch.ones(8).double(), rtol=1e-6, atol=0)
+
+
+def test_a_weight_below_the_normal_numbers_is_kept():
+    gram = torch.tensor([[1e24, 1.9e10], [1.9e10, 1.0]], dtype=torch.float64)
+    weights = FairGrad(2, alpha=30.0)(gram, torch.ones(2))
+    assert 0 < float(weights[0]) < 2.2e-308
+    gains = gram @ weights
+    assert abs(float(weights[0] ** (1 / 30) * gains[0]) - 1) < 1e-6

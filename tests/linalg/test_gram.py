@@ -152,3 +152,18 @@ def test_to_longest():
     assert (factors[:, None] * rows).norm(dim=1).tolist() == pytest.approx([5, 0, 5, 5])
     assert factors[1] == 0
     assert to_longest(torch.zeros(2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e-22, 1e-20, 1.0, 1e18])
+@pytest.mark.parametrize("ratio", [1.0, 1e-4, 1e-8])
+def test_products_that_float32_cannot_hold(size, ratio):
+    given = size * torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
+    given[2] *= ratio
+    assert error(gram(given), given) <= 1e-6
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_beside_a_long_row_the_products_of_float32_rows_are_those_of_float64(ratio):
+    given = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
+    given[0] *= ratio
+    assert error(gram(given), given) <= 1e-14

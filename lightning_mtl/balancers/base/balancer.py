@@ -99,7 +99,7 @@ class Balancer(nn.Module):
         self.register_buffer(name, self._setting_values(name), persistent=False)
 
     def _or_equal_shares(self, name: str, tasks: Tasks) -> np.ndarray:
-        """A setting of the present tasks; one over their number each where it was not given. Shapes: -> ``[P]``."""
+        """A setting of the present tasks, not to be written to; equal shares where not given. Shapes: ``[P]``."""
         values: np.ndarray = getattr(self, name).numpy()[in_numpy(tasks)]
         return values / len(values) if self._settings[name][0] is None else values
 

@@ -138,7 +138,7 @@ class GramBalancer(Balancer):
         else:
             # A task that was not there has no weight to be used again: it waits for the next solve.
             kept.zero_()[..., tasks] = solved
-        self.step.numpy()[...] += 1  # a third of the time of torch's own
+        self.step.numpy()[...] += 1  # one number: in numpy, like all that is small here
         return kept.clone()
 
     @torch.no_grad()
