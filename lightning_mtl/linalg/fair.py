@@ -93,21 +93,20 @@ def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, f
         if error <= _NEARLY and idle > (0 if error <= _FINE else 3):
             break
         matrix = unit.copy()
-        matrix.flat[:: len(r) + 1] += power * pull / y
+        matrix.reshape(-1)[:: len(r) + 1] += power * pull / y
         try:
             lack = pull - seen
             move = np.linalg.solve(matrix, lack)
         except np.linalg.LinAlgError:
             break
         # The whole step, if it stays inside and brings the equation clearly nearer.
-        share = move / y
-        whole = _look(unit, r, y + move, power) if share.min() > -_INSIDE else None
-        if whole is not None and (whole[2] < _CLEARLY * now or error <= _NEARLY):
-            tried, found = y + move, whole
-        else:
+        tried = y + move
+        found = _look(unit, r, tried, power) if np.minimum.reduce(move / y) > -_INSIDE else None
+        if found is None or not (found[2] < _CLEARLY * now or error <= _NEARLY):
             part = _step(unit, r, y, move, -float(lack @ move), power)
-            tried = y + part * move
-            found = whole if whole is not None and part == 1 else _look(unit, r, tried, power)
+            if found is None or part != 1:
+                tried = y + part * move
+                found = _look(unit, r, tried, power)
         y, (seen, pull, now) = tried, found
         if math.isnan(now):
             break
@@ -121,7 +120,7 @@ def _look(unit: Array, r: Array, y: Array, power: float) -> tuple[Array, Array, 
     """Both sides of the equation at a point, and how far they are apart, relative to what can be known."""
     seen, pull = unit @ y, r / y if power == 1 else r * y**-power
     off = np.abs(seen / pull - 1)
-    error = float(off.max())
+    error = float(np.maximum.reduce(off))
     if _FINE < error < _ROUGH:
         # Of a sum whose terms are many times as large as itself the last digits are rounding.
         error = float((off / np.maximum(np.abs(unit) @ y / np.abs(seen) * _DIGITS, 1)).max())
