@@ -36,7 +36,10 @@ class _Deposit(torch.autograd.Function):
             )
         # Dropped first: whatever happens, no graph tensor outlives the backward.
         solve, like, ctx.solve, ctx.zeros = ctx.solve, ctx.zeros, None, None
-        with torch.autocast(ctx.device_type, enabled=False):
+        if torch.is_autocast_enabled(ctx.device_type):
+            with torch.autocast(ctx.device_type, enabled=False):
+                grads = list(solve(scale))
+        else:  # as nearly always; entering a context takes its time
             grads = list(solve(scale))
         if like is not None:
             # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.

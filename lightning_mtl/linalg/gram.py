@@ -52,8 +52,9 @@ def _in_float32(rows: Tensor) -> Tensor:
     done = rows.shape[1] // _BLOCK_FLOAT32 * _BLOCK_FLOAT32
     blocks = rows[:, :done].unflatten(1, (-1, _BLOCK_FLOAT32)).transpose(0, 1)
     total = torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=torch.float64)
-    rest = _in_float64(rows[:, done:]) if done < rows.shape[1] else 0
-    return (total + total.T) / 2 + rest
+    half = total.numpy() / 2
+    symmetric = torch.from_numpy(half + half.T)
+    return symmetric + _in_float64(rows[:, done:]) if done < rows.shape[1] else symmetric
 
 
 def _clear(gram: Tensor) -> bool:
