@@ -21,7 +21,7 @@ _FAR = 0.8
 _INSIDE = 0.9
 #: and taken if it leaves at most this share of the residual.
 _CLEARLY = 0.5
-#: Relative residual from which on rounding may be most of it, and the terms over the sum from which on it is.
+#: Relative residual from which on rounding may be most of it, and a sum over its terms below which it is.
 _ROUGH, _DIGITS = 1e-4, 1e-7
 #: Relative residual at which the equation counts as solved,
 _SOLVED = 1e-5
