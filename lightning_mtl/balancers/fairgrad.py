@@ -18,8 +18,8 @@ class FairGrad(GramBalancer):
         alpha: fairness, > 0: 1 is Nash bargaining, towards 0 the sum of the gradients, towards infinity max-min. The
             paper tries 1 to 10. Below 1 what a short gradient gains against a long one cancels: where lengths differ by
             ``R``, numbers in double precision meet the equations to about :math:`10^{-16} R^{(1 - \alpha) / \alpha}`,
-            for 0.2 and ``R`` = 10^4 not at all. Up to 50 they are met where lengths differ by 10^6; at 100, where weights
-            would differ by more than doubles can, not even for 10^4.
+            for 0.2 and ``R`` = 10^4 not at all. Up to 50 they are met where lengths differ by 10^6; at 100, where
+            weights would differ by more than doubles can, not even for 10^4.
         every_n_steps: solve in every n-th step only.
 
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``, > 0.
