@@ -1,4 +1,4 @@
-"""The engine: a step and a balancer in, one scalar out whose backward is balanced."""
+"""A step and a balancer in, one scalar out whose ordinary backward is balanced."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument, check_choice
-from lightning_mtl.engine.balanced_backward import BalancedBackward, Report, global_losses, private_weights, stacked
+from lightning_mtl.engine.balanced_backward import BalancedBackward, Report, global_losses, private_weights
+from lightning_mtl.engine.collectives import mean_over_ranks, world_size
 from lightning_mtl.engine.compiled import check_not_siblings, check_several_backwards
-from lightning_mtl.engine.deposit import deposit
-from lightning_mtl.engine.gather import mean_over_ranks, world_size
-from lightning_mtl.engine.rows import (
-    Grads,
-    grad_of,
-)
+from lightning_mtl.engine.differentiate import Grads, grad_of, stacked
+from lightning_mtl.engine.node import deposit
 from lightning_mtl.types import Balance, Step
 
 LEVELS = ("parameters", "features")

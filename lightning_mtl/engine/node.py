@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_mtl.checks import bad_argument
-from lightning_mtl.engine.gather import world_size
+from lightning_mtl.engine.collectives import world_size
 
 Solve = Callable[[Tensor], Sequence[Tensor | None]]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mtl.engine import discover, reached
-from lightning_mtl.engine.shared import distinct, reached_beside
+from lightning_mtl.engine import reached
+from lightning_mtl.engine.graph import discover, distinct, reached_beside
 from tests.engine.zoo import NETS
 
 # Whether the graphs of all losses meet at edges of which none lies behind another.
