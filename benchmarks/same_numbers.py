@@ -3,8 +3,8 @@
 python benchmarks/same_numbers.py OLD [NEW]     (NEW: the working tree, if not given)
 
 Every balancer at every level that it has, through MultiTaskModule, Balanced (with features and without) and
-``lightning_mtl.backward``: a digest of all parameters and of the balancer's state after a few steps. Each commit runs in
-a folder of its own; a rewrite of the engine that changes no decision must show no difference.
+``lightning_mtl.backward``: a digest of all parameters and of the balancer's state after a few steps. Each commit runs
+in a folder of its own; a rewrite of the engine that changes no decision must show no difference.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def declared(name: str, level: str) -> MultiTaskModule:
 
 
 class Mixed(Balanced, L.LightningModule):
+    """The same model without declared tasks."""
+
     def __init__(self, name: str, level: str, features: bool) -> None:
         super().__init__(tasks=NAMES, balancer=name, level=level)
         self.encoder, self.features = encoder(), features
@@ -79,7 +81,8 @@ class Mixed(Balanced, L.LightningModule):
             ]
 
         if getattr(self.balancer, "halves", False):
-            return dict(zip(NAMES, zip(of(slice(0, None, 2)), of(slice(1, None, 2))), strict=True)), z
+            halves = zip(of(slice(0, None, 2)), of(slice(1, None, 2)), strict=True)
+            return dict(zip(NAMES, halves, strict=True)), z
         return dict(zip(NAMES, of(slice(None)), strict=True)), z
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

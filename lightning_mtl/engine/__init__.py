@@ -1,8 +1,8 @@
 """From task losses to one scalar whose ordinary backward deposits balanced gradients.
 
 The only code of the package that calls autograd or a collective. What a step does is always the same: decide who is
-shared and who is present (``step``, ``present``), take the gradients of the tasks (``gradients``, one file per way), ask
-the balancer (``balanced_backward``), hand the combination to autograd (``node``).
+shared and who is present (``step``, ``present``), take the tasks' gradients (``gradients``, one file per way), ask the
+balancer (``balanced_backward``), hand the combination to autograd (``node``).
 """
 
 from lightning_mtl.engine.collectives import mean_over_ranks as mean_over_ranks

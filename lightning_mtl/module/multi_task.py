@@ -285,17 +285,15 @@ class MultiTaskModule(Balanced, pl.LightningModule):
                 # The way into the encoder past the features must count too: whole backwards from each loss.
                 return self._step(losses, present, owned)
             owned.private = [*owned.private, *owned.tied]
-        nothing: list[Tensor] = []
-        found = [results.get(name) for name in self.task_names]
+        found, parts = [results.get(name) for name in self.task_names], len(losses) // len(self.task_names)
         if self.level == "parameters":
             # Refuses a reentrant checkpoint, through which no row can be taken.
             self._remembered("walked", lambda: reached([root for r in results.values() for root in r.roots], self))
-        roots = [nothing if result is None else result.roots for result in found]
+        roots: list[list[Tensor]] = [[] if result is None else result.roots for result in found]
         leaves = None
         if any(result is not None and result.leaves is not None for result in found):
-            leaves = [[] if result is None or result.leaves is None else result.leaves for result in found]
-            leaves = leaves * (len(losses) // len(found))
-        return self._step(losses, present, owned, roots=roots * (len(losses) // len(found)), leaves=leaves)
+            leaves = parts * [[] if result is None or result.leaves is None else result.leaves for result in found]
+        return self._step(losses, present, owned, roots=roots * parts, leaves=leaves)
 
     def _owned(self) -> Owned:
         """Who owns the trainable parameters now."""
