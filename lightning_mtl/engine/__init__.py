@@ -14,12 +14,13 @@ from lightning_mtl.engine.features import tensors_of as tensors_of
 from lightning_mtl.engine.graph import reached as reached
 from lightning_mtl.engine.loss import LEVELS as LEVELS
 from lightning_mtl.engine.loss import balanced_loss as balanced_loss
+from lightning_mtl.engine.model import Model as Model
 from lightning_mtl.engine.plain_loop import backward as backward
+from lightning_mtl.engine.present import Labelled as Labelled
 from lightning_mtl.engine.present import TaskLoss as TaskLoss
 from lightning_mtl.engine.present import collect as collect
 from lightning_mtl.engine.present import halves_to_global as halves_to_global
 from lightning_mtl.engine.present import to_global as to_global
-from lightning_mtl.engine.step import Model as Model
 from lightning_mtl.engine.step import Owned as Owned
 from lightning_mtl.engine.step import declared as declared
 from lightning_mtl.engine.step import found as found

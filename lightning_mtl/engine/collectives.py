@@ -20,7 +20,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def label_counts(counts: Sequence[Tensor | int], device: torch.device) -> tuple[Tensor, Tensor]:
+def label_counts(counts: Sequence[Tensor | float], device: torch.device) -> tuple[Tensor, Tensor]:
     """This rank's label counts, and their sums over the ranks: float64 ``[T]`` each."""
     mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
     total = mine.clone()

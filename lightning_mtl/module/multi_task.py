@@ -278,7 +278,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
     def _declared_step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         if not self._takes_gradients():
-            return self._step(losses, present, Owned([], [], []))
+            return self._step(losses, present, Owned())
         owned = self._owned()
         if owned.tied:
             if self.level == "parameters":

@@ -28,12 +28,13 @@ class TaskGradients(ABC):
         self.step, self.balancer = step, balancer
 
     @abstractmethod
-    def take(self, scale: Tensor, *, apart: bool) -> list[Grads]:
+    def take(self, scale: Tensor, *, apart: bool, keep: bool) -> list[Grads]:
         """Differentiate the losses, each times ``scale``.
 
         Args:
             scale: the factor in the gradients, ``[]``.
             apart: whether the gradients of private parameters are needed per task.
+            keep: whether the graph must survive, for a term beside the losses.
 
         Returns: gradients of ``step.private``, per loss; a single entry, their sum, if not asked apart.
         """
