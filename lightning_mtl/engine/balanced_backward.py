@@ -119,14 +119,14 @@ class BalancedBackward:
         if gram is None:
             return present
         zero = gram.diagonal(dim1=-2, dim2=-1).reshape(-1, len(self.names)).sum(0) == 0
-        if not bool(zero.any()):
+        if not bool(zero.any()) or not bool(gram.isfinite().all()):
             return present
         here = torch.ones_like(zero) if present is None else present.cpu()
         for task in (zero & here).nonzero().flatten().tolist():
             warn_once(
                 self.balancer,
-                f"The gradient of task {self.names[task]!r} is exactly zero at what the tasks share. In such steps the task "
-                "counts as absent.",
+                f"The gradient of task {self.names[task]!r} is exactly zero at what the tasks share. In such steps the "
+                "task counts as absent.",
             )
         return here & ~zero
 

@@ -148,16 +148,16 @@ def _counts(labelled: Labelled, owner: object) -> dict[str, float]:
 def _count(value: object, name: str, owner: object) -> Tensor:
     """The denominator of a mean: a number of labels, the entries of a bool mask that are True, or a sum of weights.
 
-    A scalar that is no integer is refused, because the mean of a mask looks like one.
+    A scalar that is no whole number is refused: it would be the mean of a mask.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return torch.tensor(float(value))
+    if isinstance(value, int | float | Integral) and not isinstance(value, bool) and float(value).is_integer():
+        return torch.tensor(float(value), dtype=torch.float64)
     if isinstance(value, Tensor):
         value = value.detach()
         if value.dtype == torch.bool or (value.is_floating_point() and value.ndim):
             # A negative weight or NaN anywhere must show in the sum.
             return torch.where((value >= 0).all(), value.sum(), -1).double().cpu()
-        if value.numel() == 1 and not value.is_floating_point():
+        if value.numel() == 1 and (not value.is_floating_point() or float(value).is_integer()):
             return value.reshape(()).double().cpu()
     raise _bad_count(name, value, owner)
 
@@ -167,6 +167,6 @@ def _bad_count(name: str, value: object, owner: object) -> Exception:
         owner,
         f"labelled['{name}']",
         "be a number of labels (an integer >= 0), a bool mask, or a float tensor of sample weights >= 0",
-        value if isinstance(value, float) else f"{value!r}",
+        repr(value),
         "Pass the mask itself or mask.sum(), not its mean; weights not summed up",
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancers.base import Balancer, GramBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import union_over_ranks
+from lightning_mtl.engine.compiled import is_compiled
 from lightning_mtl.engine.features import tensors_of
 from lightning_mtl.engine.graph import discover, reached, reached_beside, upstream
 from lightning_mtl.engine.last_layer import last_layer
@@ -131,13 +132,14 @@ def _chosen(shared: Iterable[Tensor] | str, losses: Sequence[Tensor], model: Mod
             model.owner, "shared", 'be "all" or an iterable of parameters', repr(shared), "Pass encoder.parameters()"
         )
     told = list({id(p): p for p in told if p.requires_grad}.values())
-    if model.own is not None and (strange := _without(told, own)):
+    strange = _without(told, own)
+    if strange and (model.own is not None or len(strange) == len(told)):
         raise bad_argument(
             model.owner,
             "shared",
-            "be parameters of this module, or of its optimizer",
+            "be parameters that are trained here",
             f"{len(strange)} others, one of shape {list(strange[0].shape)}",
-            "Register them, or leave them out",
+            "Leave them out, or register them with the module",
         )
     return told
 
@@ -196,7 +198,8 @@ def _check_nothing_to_share(
 
 def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model) -> Owned:
     """What at least two losses reach in this step's graph, on any rank, or did in an earlier one."""
-    if len({loss.grad_fn for loss in losses if loss.grad_fn is not None}) < sum(not loss.is_leaf for loss in losses):
+    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None and not is_compiled(loss)]
+    if len(set(nodes)) < len(nodes):
         raise bad_argument(
             model.owner,
             "losses",
