@@ -15,7 +15,6 @@ from lightning_mtl.linalg.gram import cross_gram as cross_gram
 from lightning_mtl.linalg.gram import gram as gram
 from lightning_mtl.linalg.gram import gram_of_parts as gram_of_parts
 from lightning_mtl.linalg.gram import to_longest as to_longest
-from lightning_mtl.linalg.logs import LEAST_LOSS as LEAST_LOSS
 from lightning_mtl.linalg.logs import log_losses as log_losses
 from lightning_mtl.linalg.logs import log_weights as log_weights
 from lightning_mtl.linalg.logs import one_or_nan as one_or_nan

@@ -1,4 +1,4 @@
-"""Learned scales that the balancer moves itself are equal on all processes, whatever the labels and the accumulation."""
+"""Learned scales that the balancer moves itself are equal on all processes, whatever labels and accumulation."""
 
 import pytest
 

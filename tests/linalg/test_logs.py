@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lightning_mtl.linalg import LEAST_LOSS, log_losses, one_or_nan
+from lightning_mtl.linalg import log_losses, one_or_nan
+from lightning_mtl.linalg.logs import LEAST_LOSS
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -14,7 +14,7 @@ from lightning_mtl.checks import (
     check_present,
     check_rows,
 )
-from lightning_mtl.linalg import LEAST_LOSS, log_losses
+from lightning_mtl.linalg.logs import LEAST_LOSS, log_losses
 
 
 class LossBalancer(Balancer):
