@@ -15,8 +15,8 @@ from lightning_mtl.checks import bad_argument
 class Chain(Wrapper):
     r"""Scale the losses with one balancer's weights ``v``, and balance the gradients of the scaled losses with another.
 
-    The second sees :math:`v v^\top \circ G` and :math:`v \circ \ell`; the weights are :math:`v` times its weights. A task
-    with :math:`v_t = 0` is absent for it.
+    The second sees :math:`v v^\top \circ G` and :math:`v \circ \ell`; the weights are :math:`v` times its weights. Where
+    ``v`` is 0, a task is absent for it.
 
     Args:
         num_tasks: ``T``.

@@ -53,4 +53,4 @@ class GeometricMean(LossBalancer):
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
         logs, counts = self._log_above(losses, tasks, "loss_offset")
         mean = (logs.sum() / counts.sum().clamp(min=1)).exp()
-        return mean * counts.any() * one_or_nan(losses)
+        return mean * (counts.any() * one_or_nan(losses))

@@ -30,8 +30,11 @@ def log_losses(
     Shapes: losses ``[P]`` -> ``[P]``.
     Raises: ``ValueError`` if a loss is finite and <= -floor.
     """
+    values = losses.detach()
+    low = values < floor
     if first or losses.device.type == "cpu":
-        values = losses.detach()
+        if not bool(low.any()):
+            return torch.log(losses)
         if bool(((values <= -floor) & values.isfinite()).any()):
             raise bad_argument(
                 owner,
@@ -40,7 +43,7 @@ def log_losses(
                 values.tolist(),
                 f"Pass {option}= with a lower bound of the losses",
             )
-    low = (losses > -floor) & (losses < floor)
+    low &= values > -floor
     return torch.log(torch.where(low, floor, losses)) + torch.where(low, losses / floor - 1, 0)
 
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_mtl.balancers import Balancer, LossBalancer, available, load
 from tests.balancers.cases import CASES, Case, combine, end_epoch, losses, rows
+from tests.nets import loader, module, network, trainer
 
 ALL = pytest.mark.parametrize("case", CASES, ids=[case.key for case in CASES])
 # What may be said when they are built, and names: forgotten or half-made it would change the weights.
@@ -166,6 +167,23 @@ def test_signatures_are_seen_through(cls):
     assert "num_tasks" in get_type_hints(cls.__init__)
 
 
+@pytest.mark.parametrize(
+    "balancer",
+    ["uncertainty", "gradnorm", "famo", "moco", {"class_path": "fixed", "init_args": {"weights": {"size": 0.1}}}],
+    ids=str,
+)
+def test_a_module_on_the_meta_device_trains_as_one_that_was_built_at_once(balancer):
+    used = module(balancer)
+    trainer().fit(used, loader())
+    with torch.device("meta"):
+        made = module(balancer)
+    made.to_empty(device="cpu")
+    made.load_state_dict(used.state_dict())
+    for one in (used, made):
+        trainer().fit(one, loader())
+    assert torch.equal(network(made), network(used))
+
+
 # Beside a model whose weights are averaged.
 
 
@@ -194,6 +212,20 @@ def test_averaging_a_model_leaves_its_balancer_alone(case):
 def test_a_balancer_has_no_buffers(case):
     """So DDP broadcasts nothing, and a module may be cast."""
     assert not list(case.used(3).named_buffers())
+
+
+@ALL
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_state_is_where_it_belongs(case, device):
+    """With the model, or with the losses or rows where nobody moved it; small numbers of the host stay there."""
+    moved, met = case.used(3).to(device), case.make(3)
+    for balancer in (moved, met):
+        if not list(balancer.parameters()):
+            combine(balancer, rows(3).to(device), losses(3).to(device))
+    for part in (*moved.modules(), met):
+        if isinstance(part, Balancer):
+            places = {value.device.type for name, value in part.named_state() if "." not in name}
+            assert places <= {"cpu" if part.state_on_cpu else device}
 
 
 # State dicts.

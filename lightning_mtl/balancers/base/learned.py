@@ -43,8 +43,12 @@ class LearnedBalancer(LossBalancer):
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
         a, b = self.factors(tasks)
-        x = self._sign * getattr(self, self._learned)[tasks].to(losses.dtype)
-        return torch.where(losses != 0, a * torch.exp(x) * losses - b * x, 0).sum().to(losses.dtype)
+        learned = getattr(self, self._learned).to(losses.dtype)
+        if tasks is not ALL:
+            learned = learned[tasks]
+        x = learned if self._sign > 0 else -learned
+        terms = a * torch.exp(x) * losses - b * x
+        return terms @ (losses.detach() != 0).to(terms.dtype)
 
     def advance(self, losses: Tensor, present: Tensor | None = None) -> None:
         if self.lr is not None:  # else there is nothing to move

@@ -118,8 +118,9 @@ class LossBalancer(Balancer):
         Shapes: losses ``[P]`` -> ``[P]`` in their dtype, bool ``[P]``.
         """
         above = losses - getattr(self, bound)[tasks].to(losses.dtype)
-        counts = (losses != 0) & (above != 0)
-        floor = self.floor[tasks].to(losses.dtype)
-        logs = log_losses(torch.where(counts, above, 1), self, bound, floor, first=not self._looked)
+        counts = (losses.detach() != 0) & (above.detach() != 0)
+        everybody = losses.device.type == "cpu" and bool(counts.all())
+        shown = above if everybody else torch.where(counts, above, 1)
+        logs = log_losses(shown, self, bound, self.floor[tasks].to(losses.dtype), first=not self._looked)
         self._looked = True
-        return torch.where(counts, logs, 0), counts
+        return (logs if everybody else torch.where(counts, logs, 0)), counts
