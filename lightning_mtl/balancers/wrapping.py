@@ -99,7 +99,7 @@ class Wrapper(GramBalancer):
 
 def device_of(balancer: Balancer) -> torch.device:
     """Where a balancer's numbers are."""
-    for tensor in (*balancer.parameters(), *balancer.buffers()):
+    for tensor in (*balancer.parameters(), *(value for _, value in balancer.named_state())):
         return tensor.device
     return torch.device("cpu")
 

@@ -51,6 +51,9 @@ SPECS: dict[str, Any] = {
     "pcgrad_every_2": {"class_path": "pcgrad", "init_args": {"every_n_steps": 2}},
     "gradnorm_every_2": {"class_path": "gradnorm", "init_args": {"every_n_steps": 2}},
     "gradnorm_shared": {"class_path": "gradnorm", "init_args": {"norms_at": "shared"}},
+    "uncertainty_adam": {"class_path": "uncertainty", "init_args": {"lr": 0.05}},
+    "imtl_l_adam": {"class_path": "imtl_l", "init_args": {"lr": 0.05}},
+    "imtl_adam": {"class_path": "imtl", "init_args": {"lr": 0.05}},
 }
 
 

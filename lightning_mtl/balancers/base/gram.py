@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -34,7 +34,7 @@ class GramBalancer(Balancer):
     """A method that needs only the inner products of the task gradients (and the losses).
 
     The solve runs on the CPU in float64: it is a few numbers, and dozens of tiny kernels would cost a GPU more
-    than one transfer. So buffers stay on the CPU and keep their dtype whatever happens to the module.
+    than one transfer. So state stays on the CPU whatever happens to the module.
 
     Args:
         num_tasks: ``T``.
@@ -49,6 +49,7 @@ class GramBalancer(Balancer):
 
     step: Tensor
     last_weights: Tensor
+    state_on_cpu = True
     #: Where the gram is taken at level "parameters": all shared parameters, or the last shared layer only.
     gram_at: Literal["shared", "last_layer"] = "shared"
     #: Whether the method works on ``K`` groups of parameters apart: each parameter tensor, each layer, or all as one.
@@ -170,25 +171,25 @@ class GramBalancer(Balancer):
             return weights @ rows
         return torch.cat([weight @ part for weight, part in zip(weights, parts, strict=True)])
 
+    def rearrange(self, kept: Tensor) -> None:
+        if int(self.step):  # else the number of groups is not known yet
+            super().rearrange(kept)
+
+    def _fresh(self, name: str) -> float:
+        return float(name == "last_weights")
+
     def _grown(self, name: str, groups: int) -> Tensor:
-        """The buffer ``name``, ``[K, ...]``, with as many groups as this step has; made of zeros at the first."""
-        buffer = self._buffers[name]
-        assert buffer is not None
-        if len(buffer) != groups:
-            if bool(buffer.any()):
+        """The state ``name``, ``[K, ...]``, with as many groups as this step has; made of zeros at the first."""
+        known: Tensor = getattr(self, name)
+        if len(known) != groups:
+            if bool(known.any()):
                 raise bad_argument(
                     self,
                     "gram",
-                    f"have {len(buffer)} groups, as many as before",
+                    f"have {len(known)} groups, as many as before",
                     groups,
-                    "Do not freeze or unfreeze shared parameters in between, or build a new balancer then",
+                    "Call rearrange() where shared parameters are frozen or unfrozen, or build a new balancer then",
                 )
-            self._buffers[name] = buffer.new_zeros((groups, *buffer.shape[1:]))
-        grown: Tensor = getattr(self, name)
-        return grown
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GramBalancer:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        self._keep_buffers(before, on_cpu=True)
-        return self
+            known = known.new_zeros((groups, *known.shape[1:]))
+            setattr(self, name, known)
+        return known
