@@ -64,7 +64,7 @@ class Aligned(GramBalancer):
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
         # Not the eigenvalues of the gram: squares of lengths that differ by 1e6 are lost in each other.
-        left, singular, _ = np.linalg.svd(norms[:, None] * factor(unit), full_matrices=False)
+        left, singular, _ = np.linalg.svd(norms[:, None] * factor(unit, self.resolution), full_matrices=False)
         kept = singular > 0
         if not kept.any():
             return torch.zeros_like(losses)

@@ -49,4 +49,5 @@ class DualProj(GramBalancer):
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
         preference = self._or_equal_shares("preference", tasks)
-        return torch.from_numpy(divided(project_on_dual_cone(unit, (preference * norms)[None])[0], norms))
+        projected = project_on_dual_cone(unit, (preference * norms)[None], self.resolution)[0]
+        return torch.from_numpy(divided(projected, norms))

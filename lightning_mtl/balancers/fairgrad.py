@@ -44,4 +44,4 @@ class FairGrad(GramBalancer):
         self.alpha = alpha
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
-        return torch.from_numpy(fair_weights(gram.numpy(), 1.0 / self.alpha))
+        return torch.from_numpy(fair_weights(gram.numpy(), 1.0 / self.alpha, self.resolution))

@@ -35,4 +35,4 @@ class Nash(GramBalancer):
     """
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
-        return torch.from_numpy(fair_weights(gram.numpy(), 1.0))
+        return torch.from_numpy(fair_weights(gram.numpy(), 1.0, self.resolution))

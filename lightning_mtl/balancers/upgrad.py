@@ -48,6 +48,6 @@ class UPGrad(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
-        projected = project_on_dual_cone(unit, np.diag((norms > 0).astype(float)))
+        projected = project_on_dual_cone(unit, np.diag((norms > 0).astype(float)), self.resolution)
         preference = self._or_equal_shares("preference", tasks)
         return torch.from_numpy(divided((preference * norms) @ projected, norms))
