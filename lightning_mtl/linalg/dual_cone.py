@@ -11,9 +11,10 @@ from lightning_mtl.linalg.unit import EXACT
 
 Array = np.ndarray
 _EPS = float(np.finfo(np.float64).eps)
-#: How far a push may let a constraint give way in one round, where rows depend on each other: at least this.
+#: How far a push may let a constraint give way in one round, where rows depend on each other: as far as the rows'
+#: rounding, and this, because a gram in float64 tells no more.
 _RIDGE = 1e-10
-#: Rounds that are always made, and at most.
+#: Rounds at most, and how little pushes move in the last, against what is asked for.
 _ROUNDS, _STILL = 10, 1e-3
 
 
@@ -48,12 +49,13 @@ def is_nothing(unit: Array, vectors: Array, resolution: float) -> Array:
 
     Shapes: unit ``[T, T]``, vectors ``[B, T]`` as weights on the unit rows -> bool ``[B]``.
     """
-    found: Array = (vectors @ unit * vectors).sum(1) <= _noise(unit, resolution) * np.maximum((vectors**2).sum(1), 1)
-    return found
+    squares, parts = (vectors @ unit * vectors).sum(1), (vectors * vectors).sum(1)
+    nothing: Array = squares <= _noise(unit, resolution) * np.maximum(parts, 1)
+    return nothing
 
 
 def _noise(unit: Array, resolution: float) -> float:
-    """What rounding leaves in the square of a combination of rows, of the gram or of the rows, for weights of norm 1."""
+    """What rounding, of the gram or of the rows, leaves of the square of a combination with weights of norm 1."""
     return max(64 * _EPS * len(unit), 4 * resolution**2)
 
 
@@ -77,6 +79,7 @@ def nonnegative_qp(unit: Array, linear: Array, resolution: float = EXACT) -> Arr
 
 
 def _proximal(unit: Array, linear: Array, resolution: float) -> Array:
+    """See :func:`nonnegative_qp`: the minimum with ``ridge / 2`` times the square of the way from the ``y`` before."""
     ridge = max(resolution, _RIDGE)
     raised, y, still = unit + ridge * np.eye(len(unit)), np.zeros_like(linear), _STILL * float(np.abs(linear).max())
     for count in range(_ROUNDS):
@@ -87,6 +90,7 @@ def _proximal(unit: Array, linear: Array, resolution: float) -> Array:
 
 
 def _pivoting(raised: Array, linear: Array, support: Array | None) -> Array:
+    """The minimisers, which are unique for rows that do not depend on each other; found faster near their support."""
     found, solved = _block_pivoting(raised, linear, support)
     for index in np.flatnonzero(~solved):
         found[index] = _single_pivoting(raised, linear[index])
@@ -143,6 +147,7 @@ def _block_pivoting(unit: Array, linear: Array, support: Array | None = None) ->
 
 
 def _single_pivoting(unit: Array, linear: Array) -> Array:
+    """Slower, and sure to end: row by row (Lawson and Hanson 1974, chapter 23)."""
     size = len(linear)
     y, free, largest = np.zeros(size), np.zeros(size, bool), float(np.abs(linear).max())
     for _ in range(10 * size + 50):

@@ -65,7 +65,7 @@ def _weights(unit: Array, norms: Array, power: float, resolution: float) -> Arra
     n = norms / size
     y, error = _bargain(unit, n, power)
     seen = unit @ y
-    if not (error <= _SOLVED and seen.min() > max(_DOUBTFUL, 4 * resolution) * math.sqrt(float(y @ seen))):
+    if not (error <= _SOLVED and seen.min() > max(_DOUBTFUL, 4 * resolution) * math.sqrt(max(float(y @ seen), 0.0))):
         together = cancelling(unit, resolution)
         if together.any():
             y = _beside(unit, n, power, resolution, together)

@@ -32,6 +32,11 @@ def _plain(given: Tensor) -> Tensor:
     return given.detach().to("cpu", torch.float64)
 
 
+def _told(gram: Tensor) -> float:
+    """How exact rows are at best, of which only rounded products are known: a square tells its root."""
+    return math.sqrt(torch.finfo(gram.dtype).eps) if gram.is_floating_point() else EXACT
+
+
 class GramBalancer(Balancer):
     """A method that needs only the inner products of the task gradients (and the losses).
 
@@ -120,7 +125,7 @@ class GramBalancer(Balancer):
             losses: one per task.
             present: which tasks have labels; by default all.
             resolution: the relative rounding of the rows' numbers, in [0, 1]: ``torch.finfo(rows.dtype).eps``. By
-                default that of float64.
+                default that of float64, or the root of the gram's own, if that is coarser.
 
         Shapes: gram ``[T, T]`` (``[2T, 2T]`` with halves, ``[K, T, T]`` in groups), losses ``[T]``, present bool
         ``[T]`` -> float64 ``[T]`` (``[K, T]``) on the CPU.
@@ -128,9 +133,10 @@ class GramBalancer(Balancer):
         check_gram(gram, self.num_tasks * (2 if self.halves else 1), self, grouped=self.grouped)
         check_losses(losses, self.num_tasks, self)
         self._check_bound()
-        if resolution is not None:
-            check_number(resolution, "resolution", self, low=0.0, high=1.0)
-        self.resolution = EXACT if resolution is None else resolution
+        if resolution is None:
+            resolution = EXACT if gram.dtype is torch.float64 else _told(gram)
+        check_number(resolution, "resolution", self, low=0.0, high=1.0)
+        self.resolution = resolution
         gram, losses = _plain(gram), _plain(losses)
         tasks = ALL
         if present is not None:
