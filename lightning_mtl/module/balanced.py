@@ -203,10 +203,6 @@ class Balanced(_Base):
         check_trainer(self.trainer, self, compares_gradients=several)
         if several:
             allow_several_backwards()
-        # Its buffers may stay on the CPU, and are equal on all ranks by construction: nothing for DDP to broadcast.
-        ignored = set(getattr(self, "_ddp_params_and_buffers_to_ignore", ()))
-        ignored |= {f"balancer.{name}" for name, _ in self.balancer.named_buffers()}
-        self._ddp_params_and_buffers_to_ignore = sorted(ignored)
 
     def on_fit_start(self) -> None:
         """Check that the optimizer has the balancer's parameters."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.engine.collectives import parts_gram
-from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, real, zeros_for
+from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, real, resolution, zeros_for
 from lightning_mtl.engine.gradients.base import TaskGradients
 from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.types import Step
@@ -38,7 +38,9 @@ class Features(TaskGradients):
         return self.heads.private
 
     def gram(self) -> Tensor:
-        return parts_gram([[real(grad) for grad in row] for row in self.parts()], disjoint=True)
+        rows = [[real(grad) for grad in row] for row in self.parts()]
+        self.resolution = resolution(grad.dtype for grad in rows[0])
+        return parts_gram(rows, disjoint=True)
 
     def parts(self) -> list[list[Tensor]]:
         """Per task the gradients of its features, zeros where it does not read one."""
