@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mtl.balanced import Balanced as Balanced
     from lightning_mtl.balancers.registry import BalancerSpec as BalancerSpec
     from lightning_mtl.engine import allow_several_backwards as allow_several_backwards
     from lightning_mtl.engine import backward as backward
     from lightning_mtl.engine import boundary as boundary
+    from lightning_mtl.module import Balanced as Balanced
     from lightning_mtl.module import MultiTaskModule as MultiTaskModule
     from lightning_mtl.tasks import Task as Task
     from lightning_mtl.tasks import TaskRegistry as TaskRegistry
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Imported on first use: `lightning-mtl ls` should not wait for torch.
 _HOMES = {
     "Balance": "types",
-    "Balanced": "balanced",
+    "Balanced": "module",
     "BalancerSpec": "balancers",
     "MultiTaskModule": "module",
     "Task": "tasks",

@@ -20,13 +20,8 @@ LAYERS = {
     "tasks": 4,
     "sharing": 4,
     "metrics": 4,
-    "ownership": 4,
     "callbacks": 4,
-    "balanced": 5,
-    "batches": 5,
     "module": 5,
-    "task_results": 5,
-    "trainer_checks": 5,
     "cli": 6,
 }
 # Nothing in the package may know these; recipes are shipped beside it and read as files.

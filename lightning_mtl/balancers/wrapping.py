@@ -93,7 +93,9 @@ class Wrapper(GramBalancer):
         whole = gram.new_zeros((self.num_tasks, self.num_tasks))
         index = torch.arange(self.num_tasks)[tasks]
         whole[index[:, None], index] = gram
-        solved: Tensor = balancer(whole, all_losses, present) if balancer.due else balancer.reuse(present)
+        if not balancer.due:
+            return balancer.reuse(present)[tasks]
+        solved: Tensor = balancer(whole, all_losses, present, self.resolution)
         return solved[tasks]
 
 

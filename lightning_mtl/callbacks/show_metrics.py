@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_mtl.checks import bad_argument, listed
-from lightning_mtl.engine.gather import mean_over_ranks
+from lightning_mtl.engine import mean_over_ranks
 
 
 class ShowMetrics(pl.Callback):

@@ -24,6 +24,7 @@ from lightning_mtl.linalg.simplex import min_norm as min_norm
 from lightning_mtl.linalg.simplex import project_on_simplex as project_on_simplex
 from lightning_mtl.linalg.simplex import proportions as proportions
 from lightning_mtl.linalg.simplex import simplex_qp as simplex_qp
+from lightning_mtl.linalg.unit import EXACT as EXACT
 from lightning_mtl.linalg.unit import divided as divided
 from lightning_mtl.linalg.unit import equal_angles as equal_angles
 from lightning_mtl.linalg.unit import factor as factor

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_mtl.batches import num_samples
 from lightning_mtl.engine import tensors_of
+from lightning_mtl.module.batches import num_samples
 from lightning_mtl.tasks import Task
 
 

@@ -1,4 +1,4 @@
-"""The engine: a step and a balancer in, one scalar out whose backward is balanced."""
+"""A step and a balancer in, one scalar out whose ordinary backward is balanced."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument, check_choice
-from lightning_mtl.engine.balanced_backward import BalancedBackward, Report, global_losses, private_weights, stacked
+from lightning_mtl.engine.balanced_backward import BalancedBackward, Report, global_losses, private_weights
+from lightning_mtl.engine.collectives import mean_over_ranks, world_size
 from lightning_mtl.engine.compiled import check_not_siblings, check_several_backwards
-from lightning_mtl.engine.deposit import deposit
-from lightning_mtl.engine.gather import mean_over_ranks, world_size
-from lightning_mtl.engine.rows import (
-    Grads,
-    grad_of,
-)
+from lightning_mtl.engine.differentiate import Grads, grad_of, stacked
+from lightning_mtl.engine.node import deposit
 from lightning_mtl.types import Balance, Step
 
 LEVELS = ("parameters", "features")
@@ -104,9 +101,9 @@ def _plain_sum(step: Step, balancer: GramBalancer | RowBalancer, num_tasks: int)
         return total
     ones = [1.0] * len(losses) if own is None else factors.tolist()
 
-    def solve(scale: Tensor) -> Grads:
+    def solve(scale: Tensor, keep: bool) -> Grads:
         seeds = [(scale * one).to(loss) for loss, one in zip(step.losses, ones, strict=True)]
-        return grad_of(step.losses, step.private, seeds, keep=False)
+        return grad_of(step.losses, step.private, seeds, keep=keep)
 
     return deposit(total.detach(), step.private, solve)
 
@@ -138,9 +135,9 @@ def _check_features(step: Step) -> None:
         raise bad_argument(
             "lightning_mtl",
             "level",
-            'be "parameters" where the features are not known',
+            'be "parameters" where no cut at the features gives the whole gradient',
             "'features'",
-            "Pass features=, the tensors that all heads read",
+            "Pass features=, the tensors that all heads read, none computed from another, and leave out shared=",
         )
     if any(task is not roots[0] for task in roots):
         raise bad_argument(

@@ -23,12 +23,7 @@ class Group:
 
 
 def groups_of(
-    batch: Any,
-    tasks: TaskRegistry,
-    input_key: str,
-    strict: bool,
-    owner: object,
-    dataloader: str | None = None,
+    batch: Any, tasks: TaskRegistry, input_key: str, strict: bool, owner: object, dataloader: str | None = None
 ) -> list[Group]:
     """Take a batch apart.
 
@@ -58,11 +53,7 @@ def groups_of(
     if isinstance(batch, Mapping):
         if input_key not in batch:
             raise bad_argument(
-                owner,
-                "batch",
-                f"hold the input under {input_key!r}",
-                listed(batch),
-                "Pass input_key= with its key",
+                owner, "batch", f"hold the input under {input_key!r}", listed(batch), "Pass input_key= with its key"
             )
         return [Group(batch[input_key], batch, tasks.names)]
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping):
@@ -114,12 +105,7 @@ def _own(pair: Any, name: str, tasks: TaskRegistry, owner: object) -> Group:
     """The batch of a task's own loader."""
     if not _is_pair(pair) or pair is None:
         raise bad_argument(
-            owner,
-            f"batch of '{name}'",
-            "be (input, target)",
-            _describe(pair),
-            "Change its dataset",
-            TypeError,
+            owner, f"batch of '{name}'", "be (input, target)", _describe(pair), "Change its dataset", TypeError
         )
     inputs, target = pair
     targets = target if isinstance(target, Mapping) else {tasks[name].target or name: target}

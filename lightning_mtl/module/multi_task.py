@@ -11,15 +11,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_mtl.balanced import Balanced
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
-from lightning_mtl.batches import Group, groups_of, num_samples, task_of_loader
 from lightning_mtl.checks import bad_argument, check_choice, listed, shape
-from lightning_mtl.engine import halves_to_global, leaves_per_head, reached, rescale_to_global, tensors_of
-from lightning_mtl.engine.gather import mean_over_ranks, world_size
+from lightning_mtl.engine import (
+    Owned,
+    declared,
+    halves_to_global,
+    leaves_per_head,
+    mean_over_ranks,
+    reached,
+    tensors_of,
+    to_global,
+    world_size,
+)
 from lightning_mtl.metrics.total_loss import TotalLoss
-from lightning_mtl.ownership import Owned, declared
-from lightning_mtl.task_results import TaskResult, halved_loss, trains
+from lightning_mtl.module.balanced import Balanced
+from lightning_mtl.module.batches import Group, groups_of, num_samples, task_of_loader
+from lightning_mtl.module.results import TaskResult, halved_loss, trains
 from lightning_mtl.tasks import LabelTask, Task, TaskRegistry
 from lightning_mtl.types import Step
 
@@ -84,12 +92,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
     ) -> None:
         if not isinstance(encoder, nn.Module):
             raise bad_argument(
-                self,
-                "encoder",
-                "be an nn.Module",
-                type(encoder).__name__,
-                "Wrap the function in a module",
-                TypeError,
+                self, "encoder", "be an nn.Module", type(encoder).__name__, "Wrap the function in a module", TypeError
             )
         registry = tasks if isinstance(tasks, TaskRegistry) else TaskRegistry(tasks)
         if len(registry) == 0:
@@ -98,19 +101,10 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         for arg, value in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
             if value is not None and not callable(value):
                 raise bad_argument(
-                    self,
-                    arg,
-                    "be callable",
-                    type(value).__name__,
-                    "Pass a function that builds it",
-                    TypeError,
+                    self, arg, "be callable", type(value).__name__, "Pass a function that builds it", TypeError
                 )
         super().__init__(
-            tasks=registry.names,
-            balancer=balancer,
-            level=level,
-            weight_heads=weight_heads,
-            main_tasks=registry.main,
+            tasks=registry.names, balancer=balancer, level=level, weight_heads=weight_heads, main_tasks=registry.main
         )
         self.encoder = encoder
         self.tasks = registry
@@ -141,11 +135,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         halved = isinstance(self.balancer, GramBalancer) and self.balancer.halves and torch.is_grad_enabled()
         results = self._run(batch, cut=cut, halved=halved)
         losses, present = self._global_losses(results, 2 if halved else 1)
-        whole = (
-            losses
-            if not halved
-            else [a + b for a, b in zip(losses[: len(results)], losses[len(results) :], strict=True)]
-        )
+        num = len(self.task_names)
+        whole = [a + b for a, b in zip(losses[:num], losses[num:], strict=True)] if halved else losses
         self._log_training(results, whole, present)
         return self._balanced(self._declared_step(results, losses, present))
 
@@ -178,11 +169,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         optimizer = make(self.parameter_groups())
         if self._scheduler_fn is None:
             return optimizer
-        scheduler = {
-            "scheduler": self._scheduler_fn(optimizer),
-            "interval": self._lr_interval,
-            "monitor": "val/loss",
-        }
+        scheduler = {"scheduler": self._scheduler_fn(optimizer), "interval": self._lr_interval, "monitor": "val/loss"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def setup(self, stage: str) -> None:
@@ -287,28 +274,26 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         alike = world_size() == 1 or len({id(result.roots) for result in results.values()}) == 1
         if complete and alike:
             return losses, None
-        return rescale_to_global(losses, labels)
+        return to_global(losses, labels)
 
     def _declared_step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
-        if isinstance(self.balancer, LossBalancer) or not torch.is_grad_enabled():
-            return Step(losses, [], [], [], None, present=present)
+        if not self._takes_gradients():
+            return self._step(losses, present, Owned())
         owned = self._owned()
         if owned.tied:
             if self.level == "parameters":
                 # The way into the encoder past the features must count too: whole backwards from each loss.
-                return self._step(losses, owned, present, None)
+                return self._step(losses, present, owned)
             owned.private = [*owned.private, *owned.tied]
-        nothing: list[Tensor] = []
-        found = [results.get(name) for name in self.task_names]
+        found, parts = [results.get(name) for name in self.task_names], len(losses) // len(self.task_names)
         if self.level == "parameters":
             # Refuses a reentrant checkpoint, through which no row can be taken.
             self._remembered("walked", lambda: reached([root for r in results.values() for root in r.roots], self))
-        roots = [nothing if result is None else result.roots for result in found]
+        roots: list[list[Tensor]] = [[] if result is None else result.roots for result in found]
         leaves = None
         if any(result is not None and result.leaves is not None for result in found):
-            leaves = [[] if result is None or result.leaves is None else result.leaves for result in found]
-            leaves = leaves * (len(losses) // len(found))
-        return self._step(losses, owned, present, roots * (len(losses) // len(found)), leaves)
+            leaves = parts * [[] if result is None or result.leaves is None else result.leaves for result in found]
+        return self._step(losses, present, owned, roots=roots * parts, leaves=leaves)
 
     def _owned(self) -> Owned:
         """Who owns the trainable parameters now."""

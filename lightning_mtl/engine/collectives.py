@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,69 +20,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def shares(loss: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-    """A loss as the parts that it is the sum of: itself, or half of each of a pair of means."""
-    if isinstance(loss, tuple | list):
-        return tuple(part / len(loss) if isinstance(part, Tensor) else part for part in loss)
-    return (loss,)  # type: ignore[return-value]  # what is no tensor is refused by name later
-
-
-def rescale_to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple[list[Tensor], Tensor | None]:
-    """Turn means over this rank's labelled samples into shares of the mean over the global batch's.
-
-    Each loss is multiplied by ``count * world / global count``, so that the average over the ranks, which the
-    gradient all-reduce takes, is the mean over all labelled samples.
-
-    Args:
-        losses: ``T`` scalars, or ``2T``, each a share of its task's loss.
-        counts: per task the number of this rank's labelled samples; a tensor ``[]`` only where the host would have
-            to wait for the number.
-
-    Returns: as many scalars, and who is present in the global batch, bool ``[T]``; ``None`` if surely everybody.
-    """
-    device = losses[0].device
-    if world_size() == 1:
-        if all(isinstance(count, int) for count in counts):
-            present = [count > 0 for count in counts]
-            return list(losses), None if all(present) else torch.tensor(present, device=device)
-        return list(losses), torch.stack([torch.as_tensor(count, device=device) for count in counts]) > 0
-    mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
-    total = mine.clone()
-    dist.all_reduce(total)
-    factors = (mine * world_size() / total.clamp(min=1)).repeat(len(losses) // len(counts))
-    return [loss * factor.to(loss.dtype) for loss, factor in zip(losses, factors, strict=True)], total > 0
-
-
-def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple[list[Tensor], Tensor | None]:
-    """Turn means over the halves of this rank's samples into shares of the tasks' losses.
-
-    A task's loss is the mean of its halves' means over the global batch, or the one that has labels; then the other
-    share is 0.
-
-    Args:
-        means: ``2T`` scalars, those of the first halves before those of the second.
-        counts: how many labels each is the mean of.
-
-    Returns: ``2T`` shares, and who is present in the global batch, bool ``[T]``; ``None`` if surely everybody.
-    """
-    device = means[0].device
+def label_counts(counts: Sequence[Tensor | float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """This rank's label counts, and their sums over the ranks: float64 ``[T]`` each."""
     mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
     total = mine.clone()
     if world_size() > 1:
         dist.all_reduce(total)
-    there = (total > 0).view(2, -1)
-    factors = mine * world_size() / total.clamp(min=1) / there.sum(0).clamp(min=1).repeat(2)
-    shares = [mean * factor.to(mean.dtype) for mean, factor in zip(means, factors, strict=True)]
-    sure = world_size() == 1 and all(isinstance(count, int) and count > 0 for count in counts)
-    return shares, None if sure else there.any(0)
-
-
-def on_host(counts: Mapping[str, Tensor | int]) -> dict[str, int]:
-    """Label counts as numbers, in one transfer."""
-    if not counts:
-        return {}
-    values = torch.stack([torch.as_tensor(count).detach().reshape(()).double() for count in counts.values()])
-    return dict(zip(counts, (int(value) for value in values.tolist()), strict=True))
+    return mine, total
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -8,24 +8,26 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.balancers.base import GramBalancer, LossBalancer
+from lightning_mtl.balancers.base import LossBalancer
 from lightning_mtl.balancers.registry import BalancerSpec, resolve
 from lightning_mtl.callbacks.balance_monitor import BalanceMonitor
 from lightning_mtl.callbacks.show_metrics import ShowMetrics
-from lightning_mtl.checks import bad_argument, carried, check_choice, check_task_loss, listed
+from lightning_mtl.checks import bad_argument, carried, check_choice, listed
 from lightning_mtl.engine import (
+    LEVELS,
+    Labelled,
+    Model,
+    Owned,
+    TaskLoss,
     allow_several_backwards,
     balanced_loss,
-    on_host,
-    rescale_to_global,
-    shares,
-    tensors_of,
+    collect,
+    found,
+    make_step,
     world_size,
 )
-from lightning_mtl.engine.solver import LEVELS
-from lightning_mtl.ownership import Owned, behind_features, in_graph, last_layer
-from lightning_mtl.trainer_checks import check_balancer_is_optimized, check_trainer
-from lightning_mtl.types import Balance, Root, Step
+from lightning_mtl.module.trainer_checks import check_balancer_is_optimized, check_trainer
+from lightning_mtl.types import Balance, Step
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -134,14 +136,17 @@ class Balanced(_Base):
         object.__setattr__(self, "last_layer", last_layer)
         self.last_balance = None
         self._memory: dict[str, Any] = {}
-        self._met: list[Tensor] = []
+        self._model = Model(self)
 
     @torch.compiler.disable
     def balance(
         self,
-        losses: Mapping[str, Tensor | tuple[Tensor, Tensor] | None],
+        losses: Mapping[str, TaskLoss],
         features: Any = None,
-        labelled: Mapping[str, Tensor | int] | None = None,
+        labelled: Labelled | None = None,
+        *,
+        shared: Iterable[Tensor] | str | None = None,
+        plain: Tensor | None = None,
     ) -> Tensor:
         """One scalar to return from ``training_step``; its backward deposits the balanced gradients.
 
@@ -150,37 +155,27 @@ class Balanced(_Base):
                 that compares two independent samples (MoDo, SDMGrad) a pair of scalars, one of each.
             features: the tensors that all heads read, in any nested structure. What lies behind them is shared, what
                 comes after belongs to the heads. Without them, shared is what at least two losses reach.
-            labelled: task name -> number of labelled samples that this process's loss is the mean of. The loss then is
-                the mean over the *global* batch's labelled samples. Without it every process counts the same.
+            labelled: task name -> what this process's loss is the mean over: the number of labelled samples, a bool
+                mask of them, or a float tensor of sample weights (not a scalar), whose sum is the denominator. The loss
+                then is the mean over the *global* batch. Without it every process counts the same.
+            shared: the shared parameters, or "all", where neither features nor the graph should decide. The others get
+                the gradient of the plain sum.
+            plain: a term beside the tasks, such as a regulariser; its gradient is added as it is, as in
+                ``balance(...) + term``.
 
         Returns: a scalar ``[]``, valid for one backward.
         Raises: ``ValueError`` if a task is unknown or left out, a loss is no scalar or has no gradient, features carry
         no gradient, or part of the graph cannot be seen (reentrant checkpoint, whole-module compile).
         """
         self._check_names(losses, labelled)
-        pairs = {name: shares(loss) for name, loss in losses.items()}
-        given = (part for pair in pairs.values() for part in pair if isinstance(part, Tensor))
-        device = next((part.device for part in given), self.device)
-        counts: list[Tensor | int] = [1] * len(self.task_names)
-        values: list[tuple[Tensor, ...]] = []
-        known = on_host(labelled or {})
-        for index, name in enumerate(self.task_names):
-            if losses[name] is None or known.get(name, 1) == 0:
-                # Not the loss itself: the mean of nothing is NaN.
-                counts[index] = 0
-                values.append((self._absent_loss(device),) * max(len(pair) for pair in pairs.values()))
-                continue
-            for part in pairs[name]:
-                check_task_loss(part, name, self)
-            values.append(pairs[name])
-            counts[index] = known.get(name, 1)
-        partial = labelled is not None or world_size() > 1 or any(loss is None for loss in losses.values())
-        present = None
-        # First all first halves, then all second ones.
-        flat = [part for parts in zip(*values, strict=True) for part in parts]
-        if partial:
-            flat, present = rescale_to_global(flat, counts)
-        return self._balanced(self._found_step(flat, features, present))
+        device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), self.device)
+        values, present = collect(losses, self.task_names, labelled, self._absent_loss(device), self)
+        owned = Owned()
+        if self._takes_gradients():
+            self._model.own = self.own_parameters()
+            owned = found(values, len(self.task_names), self._model, features, shared)
+        loss = self._balanced(self._step(values, present, owned))
+        return loss if plain is None else loss + plain
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the model itself, without the balancer's."""
@@ -300,56 +295,10 @@ class Balanced(_Base):
             return torch.stack([parameter.flatten()[0].float() * 0 for parameter in self.own_parameters()]).sum()
         return torch.zeros((), device=device)
 
-    def _found_step(self, losses: list[Tensor], features: Any, present: Tensor | None) -> Step:
-        if isinstance(self.balancer, LossBalancer) or not torch.is_grad_enabled():
-            return Step(losses, [], [], [], None, present=present)
-        own = self.own_parameters()
-        if features is None:
-            # Halves of a batch use the same heads: counted per task, not per half.
-            num = len(self.task_names)
-            whole = [torch.stack(losses[task::num]).sum() for task in range(num)] if len(losses) > num else losses
-            owned = in_graph(whole, self, own, self._met)
-            self._met = owned.shared
-        else:
-            roots = tensors_of(features)
-            # In every step: another step may take another way through the model.
-            shared, private = behind_features(roots, losses, self, own)
-            owned = Owned(shared, [], private, [], list(roots))
-        return self._step(losses, owned, present, [owned.roots] * len(losses) if owned.roots else None)
+    def _takes_gradients(self) -> bool:
+        return not isinstance(self.balancer, LossBalancer) and torch.is_grad_enabled()
 
-    def _step(
-        self,
-        losses: Sequence[Tensor],
-        owned: Owned,
-        present: Tensor | None,
-        roots: Sequence[Sequence[Root]] | None,
-        leaves: Sequence[Sequence[Tensor]] | None = None,
-    ) -> Step:
-        layer: list[Tensor] | None = None
-        if isinstance(self.balancer, GramBalancer) and self.balancer.gram_at == "last_layer":
-            # Who is found shared in a graph depends on the tasks that a batch has.
-            key = f"layer {hash(tuple(id(parameter) for parameter in owned.shared))}"
-            module = cast("nn.Module | None", self.last_layer) or self._remembered(
-                key, lambda: last_layer(self.modules(), owned.shared)
-            )
-            layer = None if module is None else [p for p in module.parameters() if p.requires_grad]
-            if self.last_layer is not None and not {id(p) for p in layer or ()} <= {id(p) for p in owned.shared}:
-                raise bad_argument(
-                    self,
-                    "last_layer",
-                    "be a part of what the tasks share",
-                    type(self.last_layer).__name__,
-                    "Pass the last module that all heads read from",
-                )
-        layers = None
-        if isinstance(self.balancer, GramBalancer) and self.balancer.granularity == "layer":
-            layers = self._layers([*owned.shared, *owned.shared_heads])
-        return Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present, layer, layers)
-
-    def _layers(self, parameters: Sequence[Tensor]) -> list[int]:
-        """For each parameter the number of the module that owns it."""
-        numbers = self._remembered(
-            "layers",
-            lambda: {id(p): n for n, module in enumerate(self.modules()) for p in module.parameters(recurse=False)},
-        )
-        return [numbers[id(parameter)] for parameter in parameters]
+    def _step(self, losses: Sequence[Tensor], present: Tensor | None, owned: Owned, **cut: Any) -> Step:
+        layer = cast("nn.Module | None", self.last_layer)
+        self._model.modules = self._remembered("modules", lambda: list(self.modules()))
+        return make_step(losses, present, owned, self.balancer, self._model, layer=layer, **cut)

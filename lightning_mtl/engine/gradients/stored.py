@@ -1,0 +1,120 @@
+"""Task gradients at the parameters: all of them, as rows in one buffer ``[T, N]``."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.balancers.base import GramBalancer, RowBalancer
+from lightning_mtl.checks import bad_argument
+from lightning_mtl.engine.collectives import RowExchange, parts_gram
+from lightning_mtl.engine.differentiate import Grads, grad_of, zeros_for
+from lightning_mtl.engine.gradients.base import TaskGradients
+from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
+from lightning_mtl.engine.gradients.last_layer import layer_of
+from lightning_mtl.engine.gradients.layout import Layout
+from lightning_mtl.types import Step
+
+
+class Stored(TaskGradients):
+    """``T`` backwards, one after the other; the row of a task travels while the next one is made.
+
+    From the features, where the graph can be cut there; else each row by a whole backward from its loss.
+    """
+
+    def __init__(self, step: Step, balancer: GramBalancer | RowBalancer) -> None:
+        super().__init__(step, balancer)
+        self.inputs = [*step.shared, *step.shared_heads]
+        self.layout = Layout(self.inputs)
+        self.groups = _groups(step, balancer, self.layout.sizes)
+        at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and balancer.due
+        self.layer = layer_of(step, balancer) if at_layer else None
+
+    def take(self, scale: Tensor, *, apart: bool, keep: bool) -> list[Grads]:
+        like = self.inputs[0].new_empty(0, dtype=self.layout.dtype)
+        whole = isinstance(self.balancer, RowBalancer)
+        self.exchange = RowExchange(len(self.step.losses), self.layout.size, like, whole=whole)
+        if self.step.roots is None:
+            return self._from_losses(scale, keep)
+        return self._from_roots(scale, head_grads(self.step, scale, apart=apart, keep=keep), keep)
+
+    def _from_roots(self, scale: Tensor, heads: HeadGrads, keep: bool) -> list[Grads]:
+        # The same number of encoder backwards in the same order on every rank, zeros for a task without labels:
+        # synchronised batch norm holds collectives.
+        step = self.step
+        assert step.roots is not None
+        for task, roots in enumerate(step.roots):
+            seeds = [zeros_for(r) if grad is None else grad for r, grad in zip(roots, heads.roots[task], strict=True)]
+            # With one loader per task each task has an encoder graph of its own, used once.
+            again = any(later is roots for later in step.roots[task + 1 :])
+            self._send(task, [*grad_of(roots, step.shared, seeds, keep=keep or again), *heads.shared_heads[task]])
+        return heads.private
+
+    def _from_losses(self, scale: Tensor, keep: bool) -> list[Grads]:
+        step, num, private = self.step, len(self.inputs), []
+        for task, loss in enumerate(step.losses):
+            again = task < len(step.losses) - 1
+            grads = grad_of([loss], [*self.inputs, *step.private], [scale.to(loss)], keep=keep or again)
+            self._send(task, grads[:num])
+            private.append(grads[num:])
+        return private
+
+    def _send(self, task: int, grads: Grads) -> None:
+        self.layout.fill(self.exchange[task], grads)
+        self.exchange.send(task)
+
+    def gram(self) -> Tensor:
+        if self.layer is None:
+            return self.exchange.local_gram() if self.groups is None else self.exchange.local_grams(self.groups)
+        self.exchange.wait()
+        layer = {id(parameter) for parameter in self.layer}
+        rows = [self.exchange[task].split(self.layout.sizes) for task in range(len(self.step.losses))]
+        at = [place for place, parameter in enumerate(self.inputs) if id(parameter) in layer]
+        return parts_gram([[row[place] for place in at] for row in rows], disjoint=False)
+
+    def combine(self, weights: Tensor) -> Grads:
+        """Of this rank's rows; DDP averages the result, which is linear in the rows."""
+        rows = self.exchange.rows[:, : self.exchange.size]
+        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        factors = weights.view(-1, weights.shape[-1]).repeat(1, len(rows) // weights.shape[-1]).to(wide)
+        parts = wide.split(self.groups or [self.exchange.size], dim=1)
+        updates = [torch.mv(part.T, factor) for part, factor in zip(parts, factors, strict=True)]
+        update = updates[0] if len(updates) == 1 else torch.cat(updates)
+        return self.spread(update.to(rows.dtype))
+
+    def whole(self, scale: float) -> Tensor:
+        """The rows averaged over the ranks, without the scale: ``[T, N]``."""
+        return self.exchange.mean_rows(scale)
+
+    def spread(self, update: Tensor) -> Grads:
+        """An update ``[N]`` as one gradient per entry of ``inputs``; ``None`` where no task reached it.
+
+        A balancer that remembers gradients may move what this step did not reach.
+        """
+        grads: Grads = list(self.layout.gradients(update))
+        for place, reached in enumerate(self.layout.reached):
+            if not reached and (not self.balancer.growing or not bool(grads[place].any())):  # type: ignore[union-attr]
+                grads[place] = None
+        return grads
+
+
+def _groups(step: Step, balancer: GramBalancer | RowBalancer, sizes: list[int]) -> list[int] | None:
+    """The widths of the groups of parameters on which a balancer works apart; ``None`` if it does not."""
+    if not isinstance(balancer, GramBalancer) or not balancer.grouped:
+        return None
+    if balancer.granularity == "whole":
+        return [sum(sizes)]
+    if balancer.granularity == "tensor":
+        return sizes
+    if step.layers is None:
+        raise bad_argument(
+            balancer,
+            "granularity",
+            'be "whole" or "tensor" where modules are not known',
+            "'layer'",
+            "Change it, or use Balanced or MultiTaskModule",
+        )
+    pairs = groupby(zip(step.layers, sizes, strict=True), key=lambda pair: pair[0])
+    return [sum(size for _, size in members) for _, members in pairs]

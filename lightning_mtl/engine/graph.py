@@ -1,0 +1,156 @@
+"""Walking autograd graphs: what is reached, where the losses meet, and where the graph may be cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from lightning_mtl.checks import bad_argument
+
+Edge = tuple[Node | None, int]
+
+
+@dataclass
+class Reach:
+    """What the losses reach.
+
+    Args:
+        shared: leaves reached by at least two losses, in order of discovery.
+        private: leaves reached by exactly one.
+        edges: where the graphs of the losses meet: the ends of edges from a node that one loss reaches into an
+            inner node that several reach. Empty if no such cut separates all losses (see ``discover``).
+    """
+
+    shared: list[Tensor]
+    private: list[Tensor]
+    edges: list[GradientEdge]
+
+
+def reached(tensors: Sequence[Tensor], owner: object = "lightning_mtl") -> list[Tensor]:
+    """The leaves (parameters) that the tensors' graphs end in, in order of discovery."""
+    return list(_leaves(tensors, owner).values())
+
+
+def reached_beside(
+    losses: Sequence[Tensor], features: Sequence[Tensor], owner: object = "lightning_mtl"
+) -> list[Tensor]:
+    """The leaves that the losses reach by a way that does not pass the features.
+
+    Another output of the node that made a feature is another way.
+    """
+    return list(_leaves(losses, owner, {_edge(feature) for feature in features}).values())
+
+
+def upstream(features: Sequence[Tensor], owner: object = "lightning_mtl") -> list[Tensor]:
+    """The features that are computed from no other one, each once.
+
+    Of a tensor and what is computed from it, the first alone is where the heads begin: a gradient would arrive there by
+    two ways.
+    """
+    distinct = list({id(feature): feature for feature in features}.values())
+    if len(distinct) == 1:
+        return distinct
+    edges = {_edge(feature) for feature in distinct}
+
+    def depends(feature: Tensor) -> bool:
+        crossed: set[Edge] = set()
+        node = _edge(feature)[0]
+        _walk([] if node is None else node.next_functions, owner, crossed=crossed)
+        return bool(edges & crossed)
+
+    return [feature for feature in distinct if not depends(feature)]
+
+
+def discover(losses: Sequence[Tensor], owner: object = "lightning_mtl") -> Reach:
+    """Find the shared leaves, the private ones, and the edges at which the losses' graphs meet.
+
+    The edges are returned only if every way from a loss to a shared leaf crosses exactly one of them; then
+    ``d loss / d edges`` followed by ``d edges / d shared`` is the whole gradient. How many losses reach a node only
+    grows along a way, so that fails in three cases: one edge lies behind another, a loss is itself a part of another,
+    or a node that only one loss reaches leads straight into a shared leaf (a tied matrix, a penalty).
+
+    Raises: ``ValueError`` if a reentrant checkpoint hides part of the graph.
+    """
+    count = Counter(node for loss in losses for node in _walk([_edge(loss)], owner))
+    shared: dict[int, Tensor] = {}
+    private: dict[int, Tensor] = {}
+    for node, times in count.items():
+        if hasattr(node, "variable"):
+            (shared if times > 1 else private)[id(node.variable)] = node.variable
+    edges: dict[tuple[Node, int], GradientEdge] = {}
+    straight = False
+    for node, times in count.items():
+        if times == 1:
+            for child, index in node.next_functions:
+                if child is not None and count[child] > 1:
+                    straight = straight or hasattr(child, "variable")
+                    edges[child, index] = GradientEdge(child, index)
+    cut = not straight and _separates(edges, count, owner)
+    return Reach(list(shared.values()), list(private.values()), list(edges.values()) if cut else [])
+
+
+def _separates(edges: dict[tuple[Node, int], GradientEdge], count: Counter[Node], owner: object) -> bool:
+    """Whether all that several losses reach lies behind the edges, and no edge lies behind another."""
+    if not edges:
+        return False
+    starts = {node for node, _ in edges}
+    below = _walk([edge for node in starts for edge in node.next_functions], owner)
+    behind = starts | below.keys()
+    return not starts & below.keys() and all(times == 1 or node in behind for node, times in count.items())
+
+
+def _edge(tensor: Tensor) -> Edge:
+    """Where a tensor hangs in the graph: the node that made it, or that of a leaf, and the number of its output."""
+    if tensor.grad_fn is None and tensor.requires_grad:
+        return get_gradient_edge(tensor)[0], 0
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _leaves(tensors: Sequence[Tensor], owner: object, stop: Set[Edge] = frozenset()) -> dict[int, Tensor]:
+    nodes = _walk([edge for edge in map(_edge, tensors) if edge not in stop], owner, stop)
+    return {id(node.variable): node.variable for node in nodes if hasattr(node, "variable")}
+
+
+def _walk(
+    edges: Sequence[Edge], owner: object, stop: Set[Edge] = frozenset(), crossed: set[Edge] | None = None
+) -> dict[Node, None]:
+    """All nodes from the edges on, in depth-first order, without what lies behind those in ``stop`` only."""
+    seen: dict[Node, None] = {}
+    stack: list[Edge] = list(reversed(edges))
+    while stack:
+        edge = stack.pop()
+        node = edge[0]
+        if node is None:
+            continue
+        if crossed is not None:
+            crossed.add(edge)
+        if node in seen:
+            continue
+        seen[node] = None
+        _check_visible(node, owner)
+        stack.extend(edge for edge in reversed(node.next_functions) if edge not in stop)
+    return seen
+
+
+def _check_visible(node: Node, owner: object) -> None:
+    kind = type(node).__name__
+    if kind == "_DDPSinkBackward":
+        raise bad_argument(
+            owner,
+            "losses",
+            "be computed from outputs whose graphs are apart",
+            "outputs that DDP joined (find_unused_parameters or static_graph)",
+            "Leave both out, or return the losses' inputs as features and pass features=",
+        )
+    if kind == "CheckpointFunctionBackward":
+        raise bad_argument(
+            owner,
+            "losses",
+            "have a graph that can be walked",
+            "a reentrant checkpoint, which hides the parameters behind it",
+            "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+        )

@@ -1,0 +1,235 @@
+"""From losses to a step: who is shared and who is private. Decided here, for every way in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtl.balancers.base import Balancer, GramBalancer
+from lightning_mtl.checks import bad_argument
+from lightning_mtl.engine.collectives import union_over_ranks
+from lightning_mtl.engine.compiled import is_compiled
+from lightning_mtl.engine.features import tensors_of
+from lightning_mtl.engine.graph import discover, reached, reached_beside, upstream
+from lightning_mtl.engine.last_layer import last_layer
+from lightning_mtl.engine.model import Model
+from lightning_mtl.types import Root, Step
+
+
+@dataclass
+class Owned:
+    """Parameters by whom they serve; all lists in order of registration.
+
+    Args:
+        shared: reached through the features.
+        shared_heads: belong to the heads of several tasks.
+        private: all others.
+        tied: both in the encoder and in a head.
+        roots: where the heads begin, common to all tasks; ``None`` if not known.
+    """
+
+    shared: list[Tensor] = field(default_factory=list)
+    shared_heads: list[Tensor] = field(default_factory=list)
+    private: list[Tensor] = field(default_factory=list)
+    tied: list[Tensor] = field(default_factory=list)
+    roots: list[Root] | None = None
+
+
+def found(
+    losses: Sequence[Tensor],
+    num_tasks: int,
+    model: Model,
+    features: Any = None,
+    shared: Iterable[Tensor] | str | None = None,
+) -> Owned:
+    """Who owns what in this step, where it is not declared.
+
+    Args:
+        losses: ``T`` or ``2T`` scalars; those of absent tasks have no graph.
+        num_tasks: ``T``.
+        model: its ``met`` is brought up to date.
+        features: what all heads read: shared is what lies behind.
+        shared: the shared parameters, or "all"; without them and features, what at least two tasks reach.
+
+    Raises: ``ValueError`` if features or shared do not fit the graph.
+    """
+    # Halves of a batch use the same heads: counted per task, not per half.
+    whole = list(losses)
+    if len(losses) > num_tasks:
+        whole = [torch.stack(whole[task::num_tasks]).sum() for task in range(num_tasks)]
+    whole = [loss for loss in whole if loss.requires_grad]
+    chosen = None if shared is None else _chosen(shared, whole, model)
+    if features is not None:
+        return _behind_features(tensors_of(features), whole, model, chosen, complete=len(whole) == num_tasks)
+    if chosen is None:
+        return _in_graph(whole, losses[0].device, model)
+    own = reached(whole, model.owner) if model.own is None else model.own
+    return Owned(chosen, private=_without(own, chosen))
+
+
+def declared(encoder: nn.Module, heads: Sequence[nn.Module], own: Sequence[Tensor]) -> Owned:
+    """For a model with a declared encoder: what is neither in it nor in several heads is private."""
+    inside = {id(p) for p in encoder.parameters()}
+    times = Counter(id(p) for head in heads for p in head.parameters())
+    several = {key for key, count in times.items() if count > 1} - inside
+    return Owned(
+        [p for p in own if id(p) in inside],
+        [p for p in own if id(p) in several],
+        [p for p in own if id(p) not in inside | several],
+        [p for p in own if id(p) in inside and id(p) in times],
+    )
+
+
+def make_step(
+    losses: Sequence[Tensor],
+    present: Tensor | None,
+    owned: Owned,
+    balancer: Balancer,
+    model: Model,
+    *,
+    roots: Sequence[Sequence[Root]] | None = None,
+    leaves: Sequence[Sequence[Tensor]] | None = None,
+    layer: nn.Module | Sequence[Tensor] | None = None,
+) -> Step:
+    """The step, with the layers that the balancer looks at.
+
+    Args:
+        losses: ``T`` or ``2T`` scalars.
+        present: bool ``[T]``, or ``None`` for all.
+        owned: who owns what.
+        balancer: what it looks at.
+        model: the model.
+        roots: per loss, where its head begins; by default those that are common to all.
+        leaves: per loss, what its head read in their place.
+        layer: the last shared layer, as told; by default it is found.
+
+    Raises: ``ValueError`` if a last layer is needed and there is none that every task reaches.
+    """
+    if roots is None and owned.roots is not None:
+        roots = [owned.roots] * len(losses)
+    step = Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present)
+    if isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and owned.shared:
+        step.last_layer = last_layer(step, model, layer)
+    if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
+        numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
+        step.layers = [numbers[id(parameter)] for parameter in (*owned.shared, *owned.shared_heads)]
+    return step
+
+
+def _chosen(shared: Iterable[Tensor] | str, losses: Sequence[Tensor], model: Model) -> list[Tensor]:
+    """The shared parameters as told."""
+    own = reached(losses, model.owner) if model.own is None else model.own
+    if shared == "all":
+        return list(own)
+    told = [] if isinstance(shared, str | Tensor) else list(shared)
+    if not told or not all(isinstance(parameter, Tensor) for parameter in told):
+        raise bad_argument(
+            model.owner, "shared", 'be "all" or an iterable of parameters', repr(shared), "Pass encoder.parameters()"
+        )
+    told = list({id(p): p for p in told if p.requires_grad}.values())
+    strange = _without(told, own)
+    if strange and (model.own is not None or len(strange) == len(told)):
+        raise bad_argument(
+            model.owner,
+            "shared",
+            "be parameters that are trained here",
+            f"{len(strange)} others, one of shape {list(strange[0].shape)}",
+            "Leave them out, or register them with the module",
+        )
+    return told
+
+
+def _behind_features(
+    features: list[Tensor], losses: Sequence[Tensor], model: Model, chosen: list[Tensor] | None, *, complete: bool
+) -> Owned:
+    owner = model.owner
+    everything = reached(losses, owner)
+    if not features:
+        _check_nothing_to_share(everything, losses, model, complete=complete)
+    behind = reached(features, owner)
+    own = everything if model.own is None else model.own
+    if chosen is not None and {id(p) for p in chosen} != {id(p) for p in behind}:
+        return Owned(chosen, private=_without(own, chosen))
+    beside = _among(reached_beside(losses, features, owner), behind)
+    if beside:
+        raise bad_argument(
+            owner,
+            "features",
+            "hold everything that the heads read of the shared part",
+            f"losses that also reach {model.named(beside)} beside them",
+            "Add the other tensors, as in features=(z, skip), or leave features out",
+        )
+    shared = _among(own, behind)
+    private = _without(own, shared)
+    roots = upstream(features, owner) if features else []
+    inside = reached(roots, owner)
+    # What is computed from a feature counts to the heads, if all its ways lead through the features.
+    if _among(reached_beside(features, roots, owner), inside):
+        return Owned(shared, private=private)
+    return Owned(_among(shared, inside), _without(shared, inside), private, roots=list(roots))
+
+
+def _check_nothing_to_share(
+    everything: Sequence[Tensor], losses: Sequence[Tensor], model: Model, *, complete: bool
+) -> None:
+    """Features without a gradient are right where the encoder is frozen; else somebody detached them."""
+    # The head of an absent task is idle too.
+    idle = _without(model.own, everything) if model.own is not None and complete else []
+    meet = discover(losses, model.owner).shared
+    if model.own is not None and not idle and not meet:
+        return
+    got = "tensors without a gradient"
+    if idle or meet:
+        got += f", while no loss reaches {model.named(idle)}" if idle else f", while several reach {model.named(meet)}"
+    raise bad_argument(
+        model.owner,
+        "features",
+        "require grad",
+        got,
+        "Pass the encoder's output as the heads read it, without detach() or no_grad(); for a frozen encoder leave "
+        "features out",
+    )
+
+
+def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model) -> Owned:
+    """What at least two losses reach in this step's graph, on any rank, or did in an earlier one."""
+    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None and not is_compiled(loss)]
+    if len(set(nodes)) < len(nodes):
+        raise bad_argument(
+            model.owner,
+            "losses",
+            "come from nodes of their own where who is shared is found in the graph",
+            "several outputs of one autograd node (unbind, one compiled criterion)",
+            "Pass features=, the tensors that all heads read, or shared=, the shared parameters",
+        )
+    reach = discover(losses, model.owner)
+    if model.own is None:
+        return Owned(reach.shared, private=reach.private, roots=list(reach.edges) or None)
+    own = model.own
+    here = {id(parameter) for parameter in reach.shared}
+    before = {id(parameter) for parameter in model.met}
+    mine = [id(parameter) in here for parameter in own]
+    wanted = [flag or id(parameter) in before for flag, parameter in zip(mine, own, strict=True)]
+    flags = union_over_ranks([*wanted, *(not flag for flag in mine), not reach.edges], device)
+    some, not_all, cut_fails = flags[: len(own)], flags[len(own) : -1], flags[-1]
+    shared = [parameter for parameter, flag in zip(own, some, strict=True) if flag]
+    # What only other ranks share (a task has no labels here) does not lie behind this rank's edges; and all ranks
+    # must go one way, because each has its own collectives.
+    edges = [] if cut_fails or any(a and b for a, b in zip(some, not_all, strict=True)) else reach.edges
+    model.met = shared
+    return Owned(shared, private=_without(own, shared), roots=list(edges) or None)
+
+
+def _among(parameters: Iterable[Tensor], chosen: Iterable[Tensor]) -> list[Tensor]:
+    ids = {id(parameter) for parameter in chosen}
+    return [parameter for parameter in parameters if id(parameter) in ids]
+
+
+def _without(parameters: Iterable[Tensor], chosen: Iterable[Tensor]) -> list[Tensor]:
+    ids = {id(parameter) for parameter in chosen}
+    return [parameter for parameter in parameters if id(parameter) not in ids]

@@ -1,0 +1,4 @@
+"""Where Lightning begins: a mixin for the LightningModule that exists, and a module in which everything is declared."""
+
+from lightning_mtl.module.balanced import Balanced as Balanced
+from lightning_mtl.module.multi_task import MultiTaskModule as MultiTaskModule
