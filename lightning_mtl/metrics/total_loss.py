@@ -27,7 +27,7 @@ class TotalLoss(Metric):
         self.add_state("sums", torch.zeros(num_tasks), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(num_tasks), dist_reduce_fx="sum")
 
-    def update(self, task: int, loss: Tensor, count: int) -> None:
+    def update(self, task: int, loss: Tensor, count: Tensor | float) -> None:
         """Add a batch: the mean loss of the ``task``-th task over ``count`` labels."""
         # Not in place: Lightning validates in inference mode, whose tensors refuse that outside.
         here = torch.arange(len(self.sums), device=self.sums.device) == task

@@ -1,16 +1,36 @@
-"""What one task gives in one batch."""
+"""What each task gives in one batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_map
+import torch
+from torch import Tensor, nn
 
-from lightning_mtl.engine import tensors_of
-from lightning_mtl.module.batches import num_samples
-from lightning_mtl.tasks import Task
+from lightning_mtl.checks import bad_argument, shape
+from lightning_mtl.engine import leaves_per_head, mapped, tensors_of, unknown_types
+from lightning_mtl.module.batches import BatchForm, Group, num_samples
+from lightning_mtl.tasks import LabelTask, Task, TaskRegistry
+
+#: How many labels a mean is of, or the sum of their weights; ``None`` where labels cannot be missing.
+Count = Tensor | float | None
+
+
+@dataclass
+class Encoded:
+    """Tasks that read the same samples, with the features of these.
+
+    Args:
+        roots: the tensors among the features that carry a gradient.
+        unknown: types of objects among the features that may hide more of them.
+    """
+
+    group: Group
+    features: Any
+    roots: list[Tensor]
+    unknown: list[str]
 
 
 @dataclass
@@ -20,31 +40,109 @@ class TaskResult:
     Args:
         loss: over the whole batch.
         means: the mean loss of each part that is compared: of the whole, or of two halves.
-        counts: how many labels each part has; ``None`` where labels cannot be missing.
+        counts: how many labels each part has.
+        roots: where its head begins; ``None`` where that does not tell the way of the gradient.
+        leaves: what its head read in their place, if the graph is cut there.
     """
 
     loss: Tensor
     means: tuple[Tensor, ...]
-    counts: tuple[Tensor | int | None, ...]
+    counts: tuple[Count, ...]
     output: Any
     target: Any
     mask: Tensor | None
-    roots: list[Tensor]
+    roots: list[Tensor] | None
     leaves: list[Tensor] | None
 
+    @property
+    def constant(self) -> bool:
+        """Whether the loss has a value, but no gradient: it is logged, and its task is absent."""
+        return torch.is_grad_enabled() and not self.loss.requires_grad and not self._without_labels
 
-def halved_loss(
+    @property
+    def absent(self) -> bool:
+        """Whether it is known without waiting for a device that the task takes no part in the step."""
+        return self._without_labels or self.constant
+
+    @property
+    def _without_labels(self) -> bool:
+        return all(not isinstance(count, Tensor) and count == 0 for count in self.counts)
+
+
+def encode(group: Group, encoder: nn.Module, form: BatchForm, owner: object) -> Encoded:
+    """Run the encoder. Raises: ``ValueError`` if it can be trained and its features carry no gradient."""
+    features = form.encode(encoder, group.inputs)
+    roots, unknown = tensors_of(features), unknown_types(features)
+    if torch.is_grad_enabled() and not roots and not unknown and any(p.requires_grad for p in encoder.parameters()):
+        raise bad_argument(
+            owner,
+            "encoder",
+            "return features that require grad",
+            f"{shape(features)} without a gradient",
+            "Remove detach() or no_grad() from it, or freeze it with requires_grad_(False)",
+        )
+    return Encoded(group, features, roots, unknown)
+
+
+def run_heads(parts: Sequence[Encoded], tasks: TaskRegistry, *, cut: bool, halved: bool) -> dict[str, TaskResult]:
+    """Outputs and losses, in task order.
+
+    Args:
+        parts: the features of all samples.
+        tasks: the registry.
+        cut: whether every head reads leaves of its own.
+        halved: whether the losses of even and odd samples are needed apart.
+    """
+    results: dict[str, TaskResult] = {}
+    for part in parts:
+        names = part.group.names
+        copies = [part.features] * len(names)
+        leaves: dict[int, list[Tensor]] = {}
+        if cut and part.roots:
+            copies = leaves_per_head(part.features, len(names))
+            leaves = {id(copy): tensors_of(copy) for copy in copies}
+        common: dict[int, tuple[Any, Any]] = {}
+        for name, copy in zip(names, copies, strict=True):
+            task = tasks[name]
+            if isinstance(task, LabelTask):
+                # The head that several labels share runs once.
+                if id(task.head) not in common:
+                    common[id(task.head)] = copy, task.head(copy)
+                copy, every = common[id(task.head)]
+                output = task.column_of(every)
+            else:
+                output = task(copy)
+            results[name] = _result(task, output, part, name, halved)
+            results[name].leaves = leaves.get(id(copy))
+    return {name: results[name] for name in tasks if name in results}
+
+
+def _result(task: Task, output: Any, part: Encoded, name: str, halved: bool) -> TaskResult:
+    target, mask = task.pick(part.group.targets, part.group.inputs, name)
+    means: tuple[Tensor, ...]
+    counts: tuple[Count, ...]
+    if halved:
+        loss, means, counts = _halved_loss(task, output, target, name, mask)
+    else:
+        loss, count = task.mean_loss(output, target, name, mask)
+        means, counts = (loss,), (count,)
+    return TaskResult(loss, means, counts, output, target, mask, part.roots, None)
+
+
+def _halved_loss(
     task: Task, output: Any, target: Any, name: str, mask: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor | int, Tensor | int]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Count, Count]]:
     """For the even and the odd samples of a batch apart: sum (for its graph), mean losses, label counts."""
     means: list[Tensor] = []
-    counts: list[Tensor | int] = []
-    for half in (slice(0, None, 2), slice(1, None, 2)):
-        parts = tree_map(
-            lambda value, half=half: value[half] if isinstance(value, Tensor) else value, (output, target, mask)
-        )
+    counts: list[Count] = []
+    for first in (0, 1):
+
+        def half(value: Any, first: int = first) -> Any:
+            return value[first::2] if isinstance(value, Tensor) else value
+
+        parts = mapped((output, target, mask), half)
         size = num_samples(parts[1])
-        if size == 0:
+        if size == 0 and means:
             means.append(0 * means[0])
             counts.append(0)
             continue
@@ -52,8 +150,3 @@ def halved_loss(
         means.append(loss)
         counts.append(size if count is None else count)
     return means[0] + means[1], (means[0], means[1]), (counts[0], counts[1])
-
-
-def trains(task: Task, features: Any) -> bool:
-    """Whether the task's loss has anything to train: a head, or what lies behind the features."""
-    return bool(tensors_of(features)) or any(parameter.requires_grad for parameter in task.parameters())

@@ -281,7 +281,7 @@ def two_groups(groups):
     "step, options, text",
     [
         (ProximalStep(encoders="trunk"), {}, "`encoders` must name a part of the module, got 'trunk'"),
-        (ProximalStep(encoders="total_loss.val"), {}, "be an Encoders, a ModuleDict or a list of modules"),
+        (ProximalStep(encoders="balancer"), {}, "be an Encoders, a ModuleDict or a list of modules"),
         (ProximalStep(names=["9.weight"]), {}, "`names` must be among '0.weight'"),
         (ProximalStep(), {"optimizer": two_groups}, "one group of one optimizer holds for all tasks, got '0.weight'"),
     ],
