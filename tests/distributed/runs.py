@@ -34,6 +34,7 @@ from lightning_mtl.balancers import resolve
 from lightning_mtl.sharing import Encoders, OwnFeatures, ProximalStep
 from lightning_mtl.tasks import MultiLabelTask, Task
 from tests.nets import WIDTH, HandWritten, Samples, mlp, module, network, samples, sgd, three_tasks, trainer
+from tests.versions import TENSORS_ONLY
 
 BATCH = 16  # samples of both processes together
 HALF = BATCH // 2
@@ -347,7 +348,7 @@ def network_of(model: nn.Module) -> Tensor:
 def fit(run: Run, ckpt_path: str | None = None) -> dict[str, Any]:
     model = MODELS[run.model](run)
     fitted = trainer_of(run)
-    options = {"ckpt_path": ckpt_path, "weights_only": True} if ckpt_path else {}
+    options = {"ckpt_path": ckpt_path, **TENSORS_ONLY} if ckpt_path else {}
     fitted.fit(model, training_data(run), **options)
     return {"network": network_of(model), "balancer": state_of(getattr(model, "balancer", nn.Module()))}
 

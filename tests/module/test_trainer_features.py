@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from tests.nets import HandWritten, conv, loader, mlp, module, network, sgd, trainer
+from tests.versions import needs
 
 Make = Callable[..., L.LightningModule]
 
@@ -69,7 +70,8 @@ def swa_with_batch_norm(given: Given) -> Tensor:
 
 
 def ema(given: Given) -> Tensor:
-    return given.fit(callbacks=[EMAWeightAveraging(decay=0.9)])
+    needs("lightning", "2.6", "weight averaging")
+    return given.fit(callbacks=[callbacks.EMAWeightAveraging(decay=0.9)])
 
 
 def detect_anomaly(given: Given) -> Tensor:
