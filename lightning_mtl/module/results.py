@@ -54,7 +54,7 @@ class TaskResult:
     mask: Tensor | None
     constant: bool
     roots: list[Tensor] | None
-    leaves: list[Tensor] | None = None
+    leaves: list[Tensor] | None
 
     @property
     def absent(self) -> bool:
@@ -89,28 +89,25 @@ def run_heads(parts: Sequence[Encoded], tasks: TaskRegistry, *, cut: bool, halve
     results: dict[str, TaskResult] = {}
     for part in parts:
         names = part.group.names
-        copies = [part.features] * len(names)
-        leaves: dict[int, list[Tensor]] = {}
+        copies: list[tuple[Any, list[Tensor] | None]] = [(part.features, None)] * len(names)
         if cut and part.roots:
-            copies = leaves_per_head(part.features, len(names))
-            leaves = {id(copy): tensors_of(copy) for copy in copies}
-        common: dict[int, tuple[Any, Any]] = {}
-        for name, copy in zip(names, copies, strict=True):
+            copies = [*leaves_per_head(part.features, len(names))]
+        common: dict[int, tuple[Any, list[Tensor] | None]] = {}
+        for name, (features, leaves) in zip(names, copies, strict=True):
             task = tasks[name]
             if isinstance(task, LabelTask):
                 # The head that several labels share runs once.
                 if id(task.head) not in common:
-                    common[id(task.head)] = copy, task.head(copy)
-                copy, every = common[id(task.head)]
+                    common[id(task.head)] = task.head(features), leaves
+                every, leaves = common[id(task.head)]
                 output = task.column_of(every)
             else:
-                output = task(copy)
-            results[name] = _result(task, output, part, name, halved)
-            results[name].leaves = leaves.get(id(copy))
+                output = task(features)
+            results[name] = _result(task, output, part, name, halved, leaves)
     return {name: results[name] for name in tasks if name in results}
 
 
-def _result(task: Task, output: Any, part: Encoded, name: str, halved: bool) -> TaskResult:
+def _result(task: Task, output: Any, part: Encoded, name: str, halved: bool, leaves: list[Tensor] | None) -> TaskResult:
     target, mask = task.pick(part.group.targets, part.group.inputs, name)
     means: list[Tensor] = []
     counts: list[Count] = []
@@ -130,4 +127,4 @@ def _result(task: Task, output: Any, part: Encoded, name: str, halved: bool) -> 
     if constant:
         task.say_constant(name)
         counts = [0] * len(counts)
-    return TaskResult(loss, tuple(means), tuple(counts), output, target, mask, constant, part.roots)
+    return TaskResult(loss, tuple(means), tuple(counts), output, target, mask, constant, part.roots, leaves)
