@@ -27,7 +27,7 @@ from lightning_mtl.callbacks import BalanceMonitor, ConflictHeatmap
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.sharing import Constraint, Encoders, OwnFeatures, ProximalStep, mean_prox, penalty_of
 from lightning_mtl.tasks import ClassificationTask, CorNet, MultiLabelTask, ReconstructionTask, RegressionTask
-from tests.nets import WIDTH, loader, mlp, module, samples, sgd, three_tasks, trainer
+from tests.nets import WIDTH, mlp, module, samples, sgd, three_tasks, trainer
 
 # Who (a class or function, a task in brackets), the argument in backticks, what was expected, what came, one sentence.
 FORM = re.compile(r"[\w.]+: `[^`\n]+` must [a-z][^\n]*, got [^\n]+\. [A-Z][^\n]*[^.\s]\.")

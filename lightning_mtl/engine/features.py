@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mtl.checks import bad_argument, listed
 
@@ -23,50 +23,85 @@ _KNOWN = (Tensor, *_PLAIN)
 def mapped(structure: Any, change: Callable[[Any], Any]) -> Any:
     """A structure of the same types with ``change(leaf)`` in place of each leaf: a tensor, or what is no container.
 
-    Containers are those that ``torch.utils._pytree`` knows (tuples, named tuples, lists, dicts, what is registered
-    there), their subclasses, mutable mappings, dataclasses (frozen ones too), and graph data with an ``apply`` of its
-    own, as in PyTorch Geometric.
+    Containers are those that ``torch.utils._pytree`` knows (tuples, lists, dicts, what is registered there), named
+    tuples, subclasses of these, mutable mappings, dataclasses (frozen ones too), and graph data with an ``apply`` of
+    its own, as in PyTorch Geometric.
     """
     if isinstance(structure, Tensor):
         return change(structure)
-    return tree_map(lambda leaf: _within(leaf, change), structure)
+
+    def within(leaf: Any) -> Any:
+        return change(leaf) if isinstance(leaf, Tensor) else _mapped_within(leaf, change)
+
+    return tree_map(within, structure, is_leaf=_is_named_tuple)
 
 
-def _within(value: Any, change: Callable[[Any], Any]) -> Any:
-    """What :func:`mapped` does with what pytree takes for a leaf."""
-    if isinstance(value, (*_KNOWN, type, nn.Module)):
+def leaves_of(structure: Any) -> list[Any]:
+    """The leaves of a structure, in a fixed order, found without copying it."""
+    if isinstance(structure, Tensor):
+        return [structure]
+    parts = tree_leaves(structure, is_leaf=_is_named_tuple)
+    return [leaf for part in parts for leaf in ([part] if isinstance(part, Tensor) else _leaves_within(part))]
+
+
+def _mapped_within(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of what pytree takes for a leaf, by assignment: its constructor may do more than assign."""
+    if _is_leaf(value):
         return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_make"):
+    if _is_named_tuple(value):
         return value._make(mapped(part, change) for part in value)
-    data = is_dataclass(value)
-    if not data and not isinstance(value, MutableMapping | list):
-        if not callable(getattr(value, "apply", None)):
-            return change(value)
-        new = copy.copy(value)
+    new = copy.copy(value)
+    if _is_graph(value):
         applied = new.apply(lambda part: mapped(part, change))
         return new if applied is None else applied
-    new = copy.copy(value)
     if isinstance(value, MutableMapping):
         for key, part in value.items():
             new[key] = mapped(part, change)
     if isinstance(value, list):
         new[:] = [mapped(part, change) for part in value]
-    for name in [field.name for field in fields(value) if hasattr(value, field.name)] if data else ():
-        # Frozen dataclasses refuse assignment, and not every field is an argument of the constructor.
-        object.__setattr__(new, name, mapped(getattr(value, name), change))
+    for name in _fields(value):
+        object.__setattr__(new, name, mapped(getattr(value, name), change))  # frozen ones refuse an ordinary one
     return new
 
 
-def leaves_of(structure: Any) -> list[Any]:
-    """The leaves of a structure, in a fixed order: tensors, and what is no container."""
-    found: list[Any] = []
+def _leaves_within(value: Any) -> list[Any]:
+    if _is_leaf(value):
+        return [value]
+    parts: list[Any] = []
+    if _is_graph(value):
 
-    def note(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
+        def note(part: Any) -> Any:
+            parts.append(part)
+            return part
 
-    mapped(structure, note)
-    return found
+        copy.copy(value).apply(note)
+    elif isinstance(value, MutableMapping):
+        parts += value.values()
+    elif isinstance(value, tuple | list):
+        parts += value
+    return leaves_of(parts + [getattr(value, name) for name in _fields(value)])
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, (*_KNOWN, type, nn.Module)) or not (_is_container(value) or _is_graph(value))
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, MutableMapping | list) or is_dataclass(value) or _is_named_tuple(value)
+
+
+def _is_named_tuple(value: Any) -> bool:
+    # Its type may be a subclass with another constructor, by which pytree would make a new one.
+    return isinstance(value, tuple) and hasattr(value, "_make")
+
+
+def _is_graph(value: Any) -> bool:
+    return not _is_container(value) and callable(getattr(value, "apply", None))
+
+
+def _fields(value: Any) -> list[str]:
+    names = [field.name for field in fields(value)] if is_dataclass(value) else []
+    return [name for name in names if hasattr(value, name)]
 
 
 def tensors_of(features: Any) -> list[Tensor]:
@@ -104,14 +139,15 @@ def given_tensors(features: Any, owner: object) -> list[Tensor]:
 
 
 @torch.compiler.disable
-def leaves_per_head(features: Any, num_heads: int) -> list[Any]:
+def leaves_per_head(features: Any, num_heads: int) -> list[tuple[Any, list[Tensor]]]:
     """Copies of the structure whose differentiable tensors are fresh leaves (views, not copies of memory).
 
     With a leaf per head, one backward over all heads yields every task's feature gradients apart.
+    Returns: each copy and its leaves, in the order of :func:`tensors_of`.
     Raises: ``TypeError`` if a container's copy is not independent of it.
     """
 
-    def one() -> Any:
+    def one() -> tuple[Any, list[Tensor]]:
         fresh: dict[int, Tensor] = {}
 
         def leaf(value: Any) -> Any:
@@ -121,11 +157,11 @@ def leaves_per_head(features: Any, num_heads: int) -> list[Any]:
                 fresh[id(value)] = _leaf(value)
             return fresh[id(value)]
 
-        return mapped(features, leaf)
+        return mapped(features, leaf), list(fresh.values())
 
-    before = tensors_of(features)
     copies = [one() for _ in range(num_heads)]
-    if [id(tensor) for tensor in tensors_of(features)] != [id(tensor) for tensor in before]:
+    first, leaves = copies[0]
+    if [id(tensor) for tensor in tensors_of(first)] != [id(leaf) for leaf in leaves]:
         raise bad_argument(
             "lightning_mtl",
             "features",

@@ -14,7 +14,7 @@ from lightning_mtl.balancers.base import Balancer, GramBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import union_over_ranks
 from lightning_mtl.engine.compiled import is_compiled
-from lightning_mtl.engine.features import tensors_of
+from lightning_mtl.engine.features import given_tensors
 from lightning_mtl.engine.graph import discover, reached, reached_beside, upstream
 from lightning_mtl.engine.last_layer import last_layer
 from lightning_mtl.engine.model import Model
@@ -65,7 +65,9 @@ def found(
     whole = [loss for loss in whole if loss.requires_grad]
     chosen = None if shared is None else _chosen(shared, whole, model)
     if features is not None:
-        return _behind_features(tensors_of(features), whole, model, chosen, complete=len(whole) == num_tasks)
+        return _behind_features(
+            given_tensors(features, model.owner), whole, model, chosen, complete=len(whole) == num_tasks
+        )
     if chosen is None:
         return _in_graph(whole, losses[0].device, model)
     own = reached(whole, model.owner) if model.own is None else model.own

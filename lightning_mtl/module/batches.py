@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mtl.checks import bad_argument, listed
-from lightning_mtl.engine import leaves_of
 from lightning_mtl.tasks import TaskRegistry
 
 
@@ -144,11 +143,6 @@ def task_of_loader(loaders: Any, batch: Any, index: int, tasks: TaskRegistry) ->
     if len(loaders) == 1 and isinstance(batch[-1], Mapping):
         return None
     return str(list(loaders)[index])
-
-
-def num_samples(target: Any) -> int:
-    """How many samples a target, in any nested structure, is for."""
-    return next((len(leaf) for leaf in leaves_of(target) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
 def _own(batch: Any, name: str, tasks: TaskRegistry) -> Group:

@@ -12,7 +12,6 @@ from torchmetrics import Metric
 
 from lightning_mtl.engine import mean_over_ranks
 from lightning_mtl.metrics.total_loss import TotalLoss
-from lightning_mtl.module.batches import num_samples
 from lightning_mtl.module.results import TaskResult
 from lightning_mtl.tasks import TaskRegistry
 
@@ -64,11 +63,10 @@ class EvaluationLog:
         for name, result in results.items():
             place, count = names.index(name), result.counts[0]
             each = self.each[place]
-            size = num_samples(result.target) if count is None else count
             # The mean of nothing may be NaN.
             loss = torch.zeros_like(result.loss) if result.absent else result.loss
-            each.to(loss.device).update(0, loss, size)
-            self.total.to(loss.device).update(place, loss, size)
+            each.to(loss.device).update(0, loss, count)
+            self.total.to(loss.device).update(place, loss, count)
             log(f"{stage}/loss/{name}", each)
             shown = tasks[name].update_metrics(stage, result.output, result.target, name, result.mask)
             for key, metric in shown.items():

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lightning_mtl.checks import bad_argument, shape
 from lightning_mtl.engine import leaves_per_head, mapped, tensors_of, unknown_types
-from lightning_mtl.module.batches import BatchForm, Group, num_samples
+from lightning_mtl.module.batches import BatchForm, Group
 from lightning_mtl.tasks import LabelTask, Task, TaskRegistry
 
-#: How many labels a mean is of, or the sum of their weights; ``None`` where labels cannot be missing.
-Count = Tensor | float | None
+#: What a mean is over: a number of labels or samples, or a sum of weights.
+Count = Tensor | float
 
 
 @dataclass
@@ -40,7 +40,8 @@ class TaskResult:
     Args:
         loss: over the whole batch.
         means: the mean loss of each part that is compared: of the whole, or of two halves.
-        counts: how many labels each part has.
+        counts: what each is the mean over; 0 where the task is absent.
+        constant: whether the loss has a value, but no gradient: it is logged, and its task is absent.
         roots: where its head begins; ``None`` where that does not tell the way of the gradient.
         leaves: what its head read in their place, if the graph is cut there.
     """
@@ -51,21 +52,13 @@ class TaskResult:
     output: Any
     target: Any
     mask: Tensor | None
+    constant: bool
     roots: list[Tensor] | None
     leaves: list[Tensor] | None
 
     @property
-    def constant(self) -> bool:
-        """Whether the loss has a value, but no gradient: it is logged, and its task is absent."""
-        return torch.is_grad_enabled() and not self.loss.requires_grad and not self._without_labels
-
-    @property
     def absent(self) -> bool:
         """Whether it is known without waiting for a device that the task takes no part in the step."""
-        return self._without_labels or self.constant
-
-    @property
-    def _without_labels(self) -> bool:
         return all(not isinstance(count, Tensor) and count == 0 for count in self.counts)
 
 
@@ -96,57 +89,42 @@ def run_heads(parts: Sequence[Encoded], tasks: TaskRegistry, *, cut: bool, halve
     results: dict[str, TaskResult] = {}
     for part in parts:
         names = part.group.names
-        copies = [part.features] * len(names)
-        leaves: dict[int, list[Tensor]] = {}
+        copies: list[tuple[Any, list[Tensor] | None]] = [(part.features, None)] * len(names)
         if cut and part.roots:
-            copies = leaves_per_head(part.features, len(names))
-            leaves = {id(copy): tensors_of(copy) for copy in copies}
-        common: dict[int, tuple[Any, Any]] = {}
-        for name, copy in zip(names, copies, strict=True):
+            copies = [*leaves_per_head(part.features, len(names))]
+        common: dict[int, tuple[Any, list[Tensor] | None]] = {}
+        for name, (features, leaves) in zip(names, copies, strict=True):
             task = tasks[name]
             if isinstance(task, LabelTask):
                 # The head that several labels share runs once.
                 if id(task.head) not in common:
-                    common[id(task.head)] = copy, task.head(copy)
-                copy, every = common[id(task.head)]
+                    common[id(task.head)] = task.head(features), leaves
+                every, leaves = common[id(task.head)]
                 output = task.column_of(every)
             else:
-                output = task(copy)
-            results[name] = _result(task, output, part, name, halved)
-            results[name].leaves = leaves.get(id(copy))
+                output = task(features)
+            results[name] = _result(task, output, part, name, halved, leaves)
     return {name: results[name] for name in tasks if name in results}
 
 
-def _result(task: Task, output: Any, part: Encoded, name: str, halved: bool) -> TaskResult:
+def _result(task: Task, output: Any, part: Encoded, name: str, halved: bool, leaves: list[Tensor] | None) -> TaskResult:
     target, mask = task.pick(part.group.targets, part.group.inputs, name)
-    means: tuple[Tensor, ...]
-    counts: tuple[Count, ...]
-    if halved:
-        loss, means, counts = _halved_loss(task, output, target, name, mask)
-    else:
-        loss, count = task.mean_loss(output, target, name, mask)
-        means, counts = (loss,), (count,)
-    return TaskResult(loss, means, counts, output, target, mask, part.roots, None)
-
-
-def _halved_loss(
-    task: Task, output: Any, target: Any, name: str, mask: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Count, Count]]:
-    """For the even and the odd samples of a batch apart: sum (for its graph), mean losses, label counts."""
     means: list[Tensor] = []
     counts: list[Count] = []
-    for first in (0, 1):
+    # For balancers that compare them, the even and the odd samples apart.
+    for begin, step in ((0, 2), (1, 2)) if halved else ((0, 1),):
 
-        def half(value: Any, first: int = first) -> Any:
-            return value[first::2] if isinstance(value, Tensor) else value
+        def some(value: Any, begin: int = begin, step: int = step) -> Any:
+            return value[begin::step] if isinstance(value, Tensor) else value
 
-        parts = mapped((output, target, mask), half)
-        size = num_samples(parts[1])
-        if size == 0 and means:
-            means.append(0 * means[0])
-            counts.append(0)
-            continue
-        loss, count = task.mean_loss(parts[0], parts[1], name, parts[2])
-        means.append(loss)
-        counts.append(size if count is None else count)
-    return means[0] + means[1], (means[0], means[1]), (counts[0], counts[1])
+        given = mapped((output, target, mask), some) if halved else (output, target, mask)
+        mean, count = task.mean_loss(given[0], given[1], name, given[2])
+        means.append(mean)
+        counts.append(count)
+    loss = sum(means[1:], start=means[0]) / len(means) if halved else means[0]
+    trains = part.roots or part.unknown or any(parameter.requires_grad for parameter in task.parameters())
+    constant = torch.is_grad_enabled() and not loss.requires_grad and bool(trains)
+    if constant:
+        task.say_constant(name)
+        counts = [0] * len(counts)
+    return TaskResult(loss, tuple(means), tuple(counts), output, target, mask, constant, part.roots, leaves)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.engine import halves_to_global, to_global, world_size
-from lightning_mtl.module.batches import num_samples
 from lightning_mtl.module.results import TaskResult
 
 
@@ -31,17 +30,11 @@ def shares(
     if torch.is_grad_enabled() and world_size() == 1:
         _check_some_gradient(results, losses, owner)
     if parts > 1:
-        return halves_to_global(losses, [0 if r is None else _number(r, part) for part in range(parts) for r in there])
+        return halves_to_global(losses, [0 if r is None else r.counts[part] for part in range(parts) for r in there])
     # Among several processes always: another one may lack a label, or a batch, that this one has.
-    losses, present = to_global(losses, [0 if r is None else _number(r, 0) for r in there])
+    losses, present = to_global(losses, [0 if r is None else r.counts[0] for r in there])
     sure = present is not None and present.device.type == "cpu" and bool(present.all())
     return losses, None if sure else present
-
-
-def _number(result: TaskResult, part: int) -> Tensor | float:
-    """How many labels a mean is of; where they cannot be missing, of how many samples."""
-    count = result.counts[part]
-    return num_samples(result.target) if count is None else count
 
 
 def _check_some_gradient(results: Mapping[str, TaskResult], losses: Sequence[Tensor], owner: object) -> None:

@@ -14,13 +14,13 @@ def pcgrad(losses: Sequence[Tensor], shared: Sequence[Tensor]) -> list[Tensor]:
     for loss in losses:
         grads = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
         rows.append(
-            torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, shared)])
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, shared, strict=True)])
         )
     a, b = (row.double() for row in rows)
     inner = min(float(a @ b), 0.0)
     update = a - inner / float(b @ b) * b + b - inner / float(a @ a) * a
     sizes = [p.numel() for p in shared]
-    return [part.view_as(p).to(p) for part, p in zip(update.split(sizes), shared)]
+    return [part.view_as(p).to(p) for part, p in zip(update.split(sizes), shared, strict=True)]
 
 
 def conflict(losses: Sequence[Tensor], shared: Sequence[Tensor]) -> bool:
