@@ -28,7 +28,7 @@ CONTRACT = {
         "GradDrop TrimmedMean ExcessMTL MoCo DBMTLAverage MoDo SDMGrad IMTL Chain MovingAverage ClipUpdate"
     ),
     "lightning_mtl.tasks": (
-        "Task TaskRegistry ClassificationTask MultiLabelTask CorNet RegressionTask ReconstructionTask"
+        "Task TaskRegistry ClassificationTask MultiLabelTask CorNet RegressionTask ReconstructionTask losses_per_task"
     ),
     "lightning_mtl.sharing": (
         "Encoders OwnFeatures ProximalStep matching penalty_of Constraint CONSTRAINTS mean_penalty mean_prox "
@@ -49,12 +49,13 @@ ARGUMENTS = {
     "Balanced.balance": "losses features labelled",
     "backward": "losses balancer features shared level | labelled weight_heads last_layer backward_fn",
     "Task": "head loss metrics | target missing mask role",
-    "ClassificationTask": "head num_classes metrics | target mask ignore_index label_smoothing role",
-    "MultiLabelTask": "head num_labels metrics | target mask role",
+    "ClassificationTask": "head num_classes metrics | target mask ignore_index label_smoothing class_weights role",
+    "MultiLabelTask": "head num_labels metrics | pos_weight target mask role",
     "CorNet": "head num_labels width num_blocks",
     "RegressionTask": "head loss metrics | target mask role",
     "ReconstructionTask": "head reduction metrics | target mask role",
     "TaskRegistry": "tasks",
+    "losses_per_task": "unreduced names mask weights",
     "load": "name num_tasks",
     "Fixed": "num_tasks weights",
     "Uncertainty": "num_tasks forms initial_log_variance lr",

@@ -124,7 +124,8 @@ def test_a_model_trains_without_the_task_and_says_so_once(what, balancer):
             model.training_step(batch, 0).backward()
     assert [str(warning.message) for warning in said if "'off'" in str(warning.message)] == [
         "Task: the loss of 'off' has no gradient in this batch (a number, or a constant tensor), so the task is left "
-        "out of the step. If it should train, remove detach(), no_grad() or item() from its head and its loss. Said once."
+        "out of the step. If it should train, remove detach(), no_grad() or item() from its head and its loss. "
+        "Said once."
     ]
     assert model.last_balance.present.tolist() == [True, False]
     assert model.last_balance.weights[1] == 0
