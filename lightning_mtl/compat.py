@@ -16,6 +16,6 @@ NOISE = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
 def is_named(thing: object, *names: str) -> bool:
     """Whether its class, or one behind it, has one of these names.
 
-    ``lightning`` and ``pytorch_lightning`` are two packages with the same classes, so ``isinstance`` knows half of them.
+    ``lightning`` and ``pytorch_lightning`` are two packages with the same classes; ``isinstance`` knows those of one.
     """
     return any(cls.__name__ in names for cls in type(thing).__mro__)
