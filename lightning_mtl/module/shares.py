@@ -24,8 +24,9 @@ def shares(
         absent: the loss of a task that has none here.
         owner: whom an error names.
     """
+    # A task without labels keeps its own loss of 0, with a gradient of 0: a head without one would miss its momentum.
     found = [results.get(name) for name in names]
-    there = [None if result is None or result.absent else result for result in found]
+    there = [None if result is None or result.constant else result for result in found]
     losses = [absent if r is None else r.means[part] for part in range(parts) for r in there]
     if torch.is_grad_enabled() and world_size() == 1:
         _check_some_gradient(results, losses, owner)
