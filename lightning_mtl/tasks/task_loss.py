@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_mtl.checks import bad_argument, check_head, check_tensor, shape
-from lightning_mtl.tasks.entries import filled, is_empty, num_samples, spread, weighted_mean, zero_of
+from lightning_mtl.tasks.entries import filled, is_empty, num_samples, readable, spread, weighted_mean, zero_of
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -141,7 +141,7 @@ class TaskLoss(nn.Module):
             return zero_of(output), 0
         output, target = self.match(output, target, name)
         labelled = self.labelled(target, mask, name)
-        known = labelled is not None and labelled.device.type == "cpu"
+        known = labelled is not None and readable(labelled)
         if labelled is not None and (labelled.numel() == 0 or (known and not labelled.any())):
             return zero_of(output), 0
         complete = labelled is None or (known and bool(labelled.all()))
@@ -220,7 +220,7 @@ class TaskLoss(nn.Module):
 
     def _may_look_at(self, target: Tensor) -> bool:
         """Whether to look at a target's values: where the host would have to wait for them, in the first batch only."""
-        if target.device.type == "cpu":
+        if readable(target):
             return True
         first, self._unchecked = self._unchecked, False
         return first
