@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule as MultiTaskModule
     from lightning_mtl.tasks import Task as Task
     from lightning_mtl.tasks import TaskRegistry as TaskRegistry
+    from lightning_mtl.tasks import losses_per_task as losses_per_task
     from lightning_mtl.types import Balance as Balance
 
 # Imported on first use: `lightning-mtl ls` should not wait for torch.
@@ -29,6 +30,7 @@ _HOMES = {
     "allow_several_backwards": "engine",
     "backward": "engine",
     "boundary": "engine",
+    "losses_per_task": "tasks",
 }
 __all__ = sorted(_HOMES)
 

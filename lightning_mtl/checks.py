@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -166,14 +167,14 @@ def check_head(head: object, owner: object) -> None:
 
 
 def check_task_loss(loss: object, name: str, owner: object) -> None:
-    """A task's loss must be a scalar tensor with a graph."""
+    """A task's loss must be a real scalar."""
     if not isinstance(loss, Tensor):
         raise bad_argument(
             owner,
             f"losses['{name}']",
             "be a scalar tensor",
             type(loss).__name__,
-            "Return the loss tensor itself, without .item()",
+            "Return one loss; add up the parts of a criterion, or make them tasks of their own",
             TypeError,
         )
     if loss.ndim != 0:
@@ -184,20 +185,19 @@ def check_task_loss(loss: object, name: str, owner: object) -> None:
             shape(loss),
             "Reduce it with .mean() or .sum()",
         )
-    if not loss.is_floating_point():
+    if loss.requires_grad and not loss.is_floating_point():
         raise bad_argument(
             owner,
             f"losses['{name}']",
-            "be a floating-point scalar",
+            "be a real scalar",
             str(loss.dtype),
-            "Convert it with .float()",
+            "Take its absolute value or its real part",
         )
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise bad_argument(
-            owner,
-            f"losses['{name}']",
-            "have a gradient",
-            "a tensor with requires_grad=False",
-            "Compute it from the model's output without detach() or no_grad(); "
-            "for a task without labels in this batch pass None",
-        )
+
+
+def warn_once(owner: object, text: str) -> None:
+    """Warn, unless this owner has said the same before."""
+    said = getattr(owner, "__dict__", {}).setdefault("_said", set())
+    if text not in said:
+        said.add(text)
+        warnings.warn(f"{owner if isinstance(owner, str) else type(owner).__name__}: {text}", stacklevel=3)

@@ -36,8 +36,8 @@ class Aligned(GramBalancer):
     State: that of :class:`GramBalancer`.
     Update: sum scale (the official code's; others take the mean); scale-free; heads keep their own gradient.
     Promises: the aligned rows have condition number 1 on the span of the gradients. Which directions belong to that
-    span
-    is decided on gradients of length 1: what is dependent up to 1e-6 is dropped.
+    span is decided on gradients of length 1: what is dependent up to 1e-6, or up to the gradients' rounding if that is
+    more, is dropped.
     Raises: ``ValueError`` if an option is unknown or a preference is not finite.
     Paper: Senushkin et al., CVPR 2023, arXiv:2305.19000, equation 11 and algorithm 1.
 
@@ -64,7 +64,7 @@ class Aligned(GramBalancer):
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
         # Not the eigenvalues of the gram: squares of lengths that differ by 1e6 are lost in each other.
-        left, singular, _ = np.linalg.svd(norms[:, None] * factor(unit), full_matrices=False)
+        left, singular, _ = np.linalg.svd(norms[:, None] * factor(unit, self.resolution), full_matrices=False)
         kept = singular > 0
         if not kept.any():
             return torch.zeros_like(losses)

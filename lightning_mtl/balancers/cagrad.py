@@ -60,12 +60,12 @@ class CAGrad(GramBalancer):
         norms = np.sqrt(np.maximum(inner.diagonal(), 0))
         weights = np.full(count, 1 / count)
         length = math.sqrt(max(float(inner.sum()), 0.0)) / count
-        if self.c * length > 0 and length > _NO_MEAN * float(norms.sum()) / count:
+        if self.c * length > 0 and length > max(_NO_MEAN, self.resolution) * float(norms.sum()) / count:
             there = norms > 0
             dual = np.zeros(count)
             dual[there] = cagrad_dual(inner[there][:, there], self.c, float(there.mean()))
             norm = math.sqrt(max(float(dual @ inner @ dual), 0.0))
-            if norm > _NOTHING * float(dual @ norms):
+            if norm > max(_NOTHING, self.resolution) * float(dual @ norms):
                 weights += self.c * length / norm * dual
         if self.rescale == "official":
             weights = weights / (1 + self.c**2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import LossBalancer, Tasks
@@ -14,7 +15,8 @@ from lightning_mtl.checks import bad_argument
 class Chain(Wrapper):
     r"""Scale the losses with one balancer's weights ``v``, and balance the gradients of the scaled losses with another.
 
-    The second sees :math:`v v^\top \circ G` and :math:`v \circ \ell`; the weights are :math:`v` times its weights.
+    The second sees :math:`v v^\top \circ G` and :math:`v \circ \ell`; its weights are multiplied by ``v``. Where
+    ``v`` is 0, a task is absent for it.
 
     Args:
         num_tasks: ``T``.
@@ -44,7 +46,12 @@ class Chain(Wrapper):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         scale = self._inner_weights(self.first, gram, losses, tasks)
-        return scale * self._inner_weights(self.inner, scale * gram * scale[:, None], scale * losses, tasks)
+        # A gradient of zero would stop some methods: what the first weighs with 0 is absent for the second.
+        counts = scale != 0
+        v, gram = scale[counts], gram[counts][:, counts]
+        then = torch.arange(self.num_tasks)[tasks][counts]
+        scale[counts] = v * self._inner_weights(self.inner, v * gram * v[:, None], v * losses[counts], then)
+        return scale
 
     def private_weights(self, losses: Tensor, present: Tensor | None = None) -> Tensor | None:
         scale = private_weights_of(self.first, losses, present)

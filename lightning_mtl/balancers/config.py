@@ -33,7 +33,7 @@ class ConFIG(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
-        aim = equal_angles(unit)
+        aim = equal_angles(unit, self.resolution)
         seen = unit @ aim
         square = float(aim @ seen)
         if square <= 0:

@@ -23,7 +23,8 @@ class DualProj(GramBalancer):
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``.
     State: that of :class:`GramBalancer`.
     Update: mean scale; scale-free; heads keep their own gradient.
-    Promises: :math:`g_t^\top d \ge 0` for every task, and no such direction is nearer to the mean. A long gradient that
+    Promises: :math:`g_t^\top d \ge 0` for every task, up to the rounding of the gradients, and no such
+    direction is nearer to the mean. A long gradient that
     opposes a short one can leave nothing of the short one's own wish; :class:`UPGrad` mends that.
     Raises: ``ValueError`` if a preference is not finite.
     Paper: Lopez-Paz and Ranzato, NeurIPS 2017, arXiv:1706.08840, section 3 (GEM); the name is that of Quinton and Rey,
@@ -49,4 +50,5 @@ class DualProj(GramBalancer):
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
         preference = self._or_equal_shares("preference", tasks)
-        return torch.from_numpy(divided(project_on_dual_cone(unit, (preference * norms)[None])[0], norms))
+        projected = project_on_dual_cone(unit, (preference * norms)[None], self.resolution)[0]
+        return torch.from_numpy(divided(projected, norms))

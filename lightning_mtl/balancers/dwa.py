@@ -23,10 +23,11 @@ class DWA(LossBalancer):
         window: compare means over so many backwards of a task instead of epochs (25 in several codes).
 
     Shapes: losses ``[T]`` -> objective ``[]``.
-    State (buffers): ``last_means``, ``earlier_means``, and of the current epoch ``loss_sums`` and ``loss_counts``, all
+    State: ``last_means``, ``earlier_means``, and of the current epoch ``loss_sums`` and ``loss_counts``, all
     ``[T]``: a run that is resumed within an epoch goes on as if it had not stopped.
     Update: sum scale, the weights are positive and sum to ``T`` (to the number of present tasks); heads are weighted.
-    In the first two epochs they are 1. A task without two means yet counts as one whose loss does not change.
+    In the first two epochs they are 1. A task without two means yet counts as one whose loss does not change. One whose
+    loss is exactly 0 is absent: it may be switched off, and what comes back from 0 would outweigh all others.
     A plain loop has to call ``end_epoch()``, unless it sets ``window``.
     Raises: ``ValueError`` if an argument is out of range.
     Paper: Liu, Johns, Davison, CVPR 2019, arXiv:1803.10704, equation 7 (:math:`\tau = 2`).
@@ -62,12 +63,14 @@ class DWA(LossBalancer):
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
         ratios = self.last_means[tasks] / self.earlier_means[tasks]
         ratios = ratios.nan_to_num(1.0, posinf=_LARGE, neginf=-_LARGE).clamp(-_LARGE, _LARGE)
-        weights = len(ratios) * torch.softmax(ratios / self.temperature, 0)
+        counts = losses != 0
+        scores = (ratios / self.temperature).masked_fill(~counts, -torch.inf)
+        weights = counts.sum() * torch.softmax(scores, 0).where(counts, 0)
         return losses @ weights.to(losses.dtype)
 
     def observe(self, losses: Tensor, tasks: Tasks = ALL) -> None:
         self.loss_sums[tasks] += losses.double()
-        self.loss_counts[tasks] += 1
+        self.loss_counts[tasks] += losses != 0
         if self.window is not None:
             self._close(self.loss_counts == self.window)
 

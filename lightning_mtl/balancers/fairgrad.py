@@ -26,8 +26,9 @@ class FairGrad(GramBalancer):
     State: that of :class:`GramBalancer`.
     Update: ``s`` times the rows gives :math:`s^{(\alpha - 1) / (\alpha + 1)}` times the update; heads keep their own
     gradient.
-    Promises: :math:`w_t (G w)_t^{\alpha} = 1` for every task, so every task gets better to first order. Where gradients
-    cancel the weights are a finite limit, as in :class:`Nash`. A gradient of zero gets weight 0.
+    Promises: :math:`w_t (G w)_t^{\alpha} = 1` for every task, so every task gets better to first order. Where some
+    gradients cancel these tasks gain nothing, and the others bargain beside them, as in :class:`Nash`. A gradient of
+    zero gets weight 0.
     Raises: ``ValueError`` if ``alpha`` is not > 0.
     Paper: Ban and Ji, ICML 2024, arXiv:2402.15638, equation 5 and algorithm 1. Departure: solved by Newton on the
     convex problem that the equation belongs to, not by bounded least squares.
@@ -44,4 +45,4 @@ class FairGrad(GramBalancer):
         self.alpha = alpha
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
-        return torch.from_numpy(fair_weights(gram.numpy(), 1.0 / self.alpha))
+        return torch.from_numpy(fair_weights(gram.numpy(), 1.0 / self.alpha, self.resolution))

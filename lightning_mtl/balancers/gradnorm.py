@@ -27,14 +27,16 @@ class GradNorm(GramBalancer):
         lr: of the Adam that moves the weights (the paper's 0.025).
         norms_at: "last_layer" (the paper's ``W``) or all "shared" parameters; at level "features" the features.
         loss_offset: for losses that can go negative a lower bound, subtracted before ratios are formed.
-        initial_losses: :math:`\ell_t(0)` if known (``log C`` for ``C`` classes); else each task's first finite loss.
+        initial_losses: :math:`\ell_t(0)` if known (``log C`` for ``C`` classes); else each task's first loss above its
+            offset.
         every_n_steps: solve in every n-th step only.
 
     Shapes: gram ``[T, T]``, losses ``[T]`` -> weights ``[T]``.
     State (``[T]``): ``task_weights``, ``initial_losses``, Adam's ``first_moment``, ``second_moment``, ``updates``.
     Update: the weights sum to ``T``, so it has sum scale; scale-free; heads keep their own gradient unless the module
-    has ``weight_heads=True``. The weights used in a step are those from before it, as in algorithm 1.
-    Raises: ``ValueError`` if an argument is out of range, or a loss is below its offset (in its first step: at it).
+    has ``weight_heads=True``. The weights used in a step are those from before it, as in algorithm 1. A task whose loss
+    is exactly 0 or at its offset keeps its weight in that step and has no say in the others'.
+    Raises: ``ValueError`` if an argument is out of range, or a loss is below its offset.
     Paper: Chen et al., ICML 2018, arXiv:1711.02257, section 3 and algorithm 1. Departures: the gradient is divided by
     the mean norm, so that Adam's epsilon has no unit; weights are kept >= 0.
 
@@ -92,24 +94,31 @@ class GradNorm(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         used, norms = self.task_weights[tasks].clone(), gram.diagonal().clamp(min=0).sqrt()
-        ratios, weighted = self._ratios(losses, tasks), used * norms
-        if float(norms.mean()) > 0 and float(ratios.mean()) > 0:
+        above = losses - self.loss_offset[tasks]
+        counts = (losses != 0) & (above != 0)
+        if bool((counts & (above < 0)).any()):
+            want = "be >= 0 after the offset, because the method compares their ratios"
+            raise bad_argument(
+                self, "losses", want, losses.tolist(), "Pass loss_offset= with a lower bound of the losses"
+            )
+        if bool(counts.all()):
+            self._move(used, norms, above, tasks)
+        elif bool(counts.any()):
+            self._move(used[counts], norms[counts], above[counts], torch.arange(self.num_tasks)[tasks][counts])
+        return used
+
+    def _move(self, used: Tensor, norms: Tensor, above: Tensor, tasks: Tasks) -> None:
+        """Move the weights of these tasks, whose losses are above their offsets."""
+        initial = self.initial_losses[tasks] - self.loss_offset[tasks]
+        initial = torch.where(initial > 0, initial, above)  # NaN: not known yet
+        self.initial_losses[tasks] = initial + self.loss_offset[tasks]
+        ratios, weighted = above / initial, used * norms
+        if float(norms.mean()) > 0:
             target = weighted.mean() * (ratios / ratios.mean()) ** self.alpha
             gradient = torch.sign(weighted - target) * norms / norms.mean()
             step, self.first_moment[tasks], self.second_moment[tasks], self.updates[tasks] = adam_step(
                 gradient, self.first_moment[tasks], self.second_moment[tasks], self.updates[tasks], self.lr
             )
             moved = (used - step).clamp(min=0)
-            if float(moved.sum()) > 0:  # the present tasks' weights keep their sum, absent tasks theirs
+            if float(moved.sum()) > 0:  # these tasks' weights keep their sum, the others theirs
                 self.task_weights[tasks] = moved * (used.sum() / moved.sum())
-        return used
-
-    def _ratios(self, losses: Tensor, tasks: Tasks) -> Tensor:
-        losses = losses - self.loss_offset[tasks]
-        initial = self.initial_losses[tasks] - self.loss_offset[tasks]
-        initial = torch.where(initial.isnan(), losses, initial)
-        if not bool((losses >= 0).all() & (initial > 0).all()):
-            want = "be >= 0 after the offset, and > 0 in a task's first step, because the method compares their ratios"
-            raise bad_argument(self, "losses", want, losses.tolist(), "Pass loss_offset= below it, or initial_losses=")
-        self.initial_losses[tasks] = initial + self.loss_offset[tasks]
-        return losses / initial

@@ -14,9 +14,11 @@ class IMTL(Chain):
     Args:
         num_tasks: ``T``.
         every_n_steps: solve in every n-th step only.
+        lr: that of :class:`IMTLL`.
 
     Shapes: gram ``[T, T]``, losses ``[T]`` -> weights ``[T]``.
-    State: that of :class:`GramBalancer` and of both parts; the :math:`s_t` are parameters of the user's optimizer.
+    State: that of :class:`GramBalancer` and of both parts; without ``lr`` the :math:`s_t` are parameters of the
+    user's optimizer.
     Update: mean scale of the scaled gradients; heads are weighted by :math:`e^{s_t}`.
     Paper: Liu et al., ICLR 2021, "Towards Impartial Multi-task Learning", section 3.3 and algorithm 1.
 
@@ -26,5 +28,5 @@ class IMTL(Chain):
         tensor([0.8000, 0.8000])
     """
 
-    def __init__(self, num_tasks: int, every_n_steps: int = 1) -> None:
-        super().__init__(num_tasks, "imtl_l", "imtl_g", every_n_steps)
+    def __init__(self, num_tasks: int, every_n_steps: int = 1, lr: float | None = None) -> None:
+        super().__init__(num_tasks, {"class_path": "imtl_l", "init_args": {"lr": lr}}, "imtl_g", every_n_steps)

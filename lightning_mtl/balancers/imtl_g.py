@@ -38,8 +38,8 @@ class IMTLG(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
-        weights = divided(equal_angles(unit), norms)
+        weights = divided(equal_angles(unit, self.resolution), norms)
         total = weights.sum()
-        if abs(total) <= _PARALLEL * np.abs(weights).sum():
+        if abs(total) <= max(_PARALLEL, self.resolution) * np.abs(weights).sum():
             return torch.zeros_like(losses)
         return torch.from_numpy(weights / total)

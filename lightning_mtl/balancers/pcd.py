@@ -15,6 +15,8 @@ from lightning_mtl.linalg import divided, nonnegative_qp, unit_gram
 
 #: A direction whose squared length is this small against its parts is what rounding leaves of zero.
 _NOTHING = 1e-14
+#: How far, as a share of the longest gradient, a constraint may be missed that counts as met.
+_MET = 1e-6
 #: A moving average that keeps everything never starts.
 _LONGEST = 1 - 1e-9
 
@@ -86,13 +88,13 @@ class PCD(GramBalancer):
             length = divided(norms, usual)
             wanted = self.tau.numpy()[index][others] * length[others] - unit[others, place] * length[place]
             inside = unit[others][:, others]
-            pushes = nonnegative_qp(inside, -wanted[None])[0]
+            pushes = nonnegative_qp(inside, -wanted[None], self.resolution)[0]
             made = inside @ pushes - wanted
             mixed = np.zeros(len(norms))
             mixed[place], mixed[others] = length[place], pushes
             square = float(mixed @ unit @ mixed)
-            kept = made.min() >= -1e-6 * length.max()
-            if kept and square > _NOTHING * float(mixed.sum()) ** 2:
+            kept = made.min() >= -max(_MET, self.resolution) * length.max()
+            if kept and square > max(_NOTHING, self.resolution**2) * float(mixed.sum()) ** 2:
                 return torch.from_numpy(divided(mixed, norms) * (norms[place] / math.sqrt(square)))
         return torch.from_numpy(primary.astype(float))
 

@@ -27,14 +27,18 @@ class STCH(LossBalancer):
             1); divided by their sum over the present tasks they are :math:`\lambda`, by default ``1 / T`` each.
         reference: ``z``, below which no loss can go, in the same forms; 0 by default.
         warmup_epochs: 4 as published; 0 for the paper's form, which depends on the units of the losses.
+        floor: in the same forms, > 0: with a warm-up, :math:`\log(\ell_t - z_t)` has at most the slope one over it, and
+            goes on as a straight line below. Without one, a loss that comes near its reference drowns the others
+            during the warm-up; the default only keeps weights finite, because any other has a unit.
 
     Shapes: losses ``[T]`` -> objective ``[]``.
-    State (buffers): ``nadir`` (``n``, NaN until known), ``loss_sums`` and ``loss_counts`` of the epoch, all ``[T]``,
+    State: ``nadir`` (``n``, NaN until known), ``loss_sums`` and ``loss_counts`` of the epoch, all ``[T]``,
     and ``epochs`` that have ended. A plain loop has to call ``end_epoch()``.
     Update: weights are positive; without a warm-up :math:`w_t \le \lambda_t`, else there is no fixed scale, but the
     direction stays the same if a loss (with its reference) and its gradient are multiplied by a number; heads are
-    weighted. An absent task is left out. One without ``n_t`` after the warm-up takes its present loss for it.
-    Raises: ``ValueError`` if an argument is out of range, or, with a warm-up, a loss is not above its reference (on the
+    weighted. An absent task is left out, and so is one whose loss is exactly 0 (with a warm-up also at its reference).
+    One without ``n_t`` after the warm-up takes its present loss for it.
+    Raises: ``ValueError`` if an argument is out of range, or, with a warm-up, a loss is below its reference (on the
     CPU in any step, elsewhere in the first).
     Paper: Lin et al., ICML 2024, arXiv:2402.19078. Departures: its code takes ``n`` from one epoch more, and
     knows no preference after a warm-up.
@@ -59,6 +63,7 @@ class STCH(LossBalancer):
         preference: float | Sequence[float] | Mapping[str, float] | None = None,
         reference: float | Sequence[float] | Mapping[str, float] | None = None,
         warmup_epochs: int = 4,
+        floor: float | Sequence[float] | Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(num_tasks)
         check_number(mu, "mu", self, low=0.0, exclusive=True)
@@ -66,26 +71,32 @@ class STCH(LossBalancer):
         self.mu, self.warmup_epochs = mu, warmup_epochs
         self._setting("preference", preference, 1.0)
         self._setting("reference", reference, 0.0)
+        self._set_floor(floor)
         for name, start in (("nadir", float("nan")), ("loss_sums", 0.0), ("loss_counts", 0.0)):
             self.register_buffer(name, torch.full((num_tasks,), start, dtype=torch.float64))
         self.register_buffer("epochs", torch.zeros((), dtype=torch.long))
 
     def objective(self, losses: Tensor, tasks: Tasks = ALL) -> Tensor:
-        share = self.preference[tasks] / self.preference[tasks].sum()
-        if self.warmup_epochs == 0:
-            above = losses.double() - self.reference[tasks]
-            return (self.mu * torch.logsumexp(share * above / self.mu, 0) * one_or_nan(losses)).to(losses.dtype)
-        logs = self._log_above(losses.double(), tasks, "reference")
-        nadir = self.nadir[tasks].log()
-        ratios = logs - torch.where(nadir.isnan(), logs.detach(), nadir)
-        smooth = len(logs) * self.mu * torch.logsumexp(len(logs) * share * ratios / self.mu, 0)
-        # Not a branch, for which the host would have to wait.
-        objective = torch.where(self.epochs < self.warmup_epochs, logs.sum(), smooth)
-        return (objective * one_or_nan(losses)).to(losses.dtype)
+        terms, counts = losses.double() - self.reference[tasks], losses != 0
+        size: Tensor | int = 1
+        if self.warmup_epochs:
+            logs, counts = self._log_above(losses.double(), tasks, "reference")
+            nadir = self.nadir[tasks].log()
+            terms, size = logs - torch.where(nadir.isnan(), logs.detach(), nadir), counts.sum().double()
+        preference = torch.where(counts, self.preference[tasks], 0)
+        share = preference / torch.where(counts.any(), preference.sum(), 1)
+        exponents = (size * share * terms / self.mu).masked_fill(~counts, -torch.inf)
+        smooth = torch.where(counts.any(), size * self.mu * torch.logsumexp(exponents, 0), 0)
+        if self.warmup_epochs:
+            # Not a branch, for which the host would have to wait.
+            smooth = torch.where(self.epochs < self.warmup_epochs, logs.sum(), smooth)
+        return (smooth * one_or_nan(losses)).to(losses.dtype)
 
     def observe(self, losses: Tensor, tasks: Tasks = ALL) -> None:
-        self.loss_sums[tasks] += losses.double() - self.reference[tasks]
-        self.loss_counts[tasks] += 1
+        above = losses.double() - self.reference[tasks]
+        counts = (losses != 0) & (above != 0)
+        self.loss_sums[tasks] += torch.where(counts, above, 0)
+        self.loss_counts[tasks] += counts
 
     def end_epoch(self) -> None:
         self.epochs += 1

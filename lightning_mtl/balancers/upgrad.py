@@ -24,8 +24,9 @@ class UPGrad(GramBalancer):
     Shapes: gram ``[T, T]``, losses ``[T]`` (unused) -> weights ``[T]``, >= 0.
     State: that of :class:`GramBalancer`.
     Update: mean scale; scale-free; heads keep their own gradient.
-    Promises: :math:`g_t^\top d \ge 0` for every task: no task gets worse to first order. If no gradients conflict,
-    their mean. Linear in each task's length while the angles stay.
+    Promises: :math:`g_t^\top d \ge 0` for every task, up to the rounding of the gradients: no task gets worse to first
+    order. Zero only where weights > 0 on all gradients combine them to zero. If no gradients conflict, their mean.
+    Linear in each task's length while the angles stay.
     Raises: ``ValueError`` if a preference is negative or not finite.
     Paper: Quinton and Rey, 2024, arXiv:2406.16232, equation 3 and section 4.
 
@@ -48,6 +49,6 @@ class UPGrad(GramBalancer):
 
     def weights(self, gram: Tensor, losses: Tensor, tasks: Tasks) -> Tensor:
         unit, norms = unit_gram(gram.numpy())
-        projected = project_on_dual_cone(unit, np.diag((norms > 0).astype(float)))
+        projected = project_on_dual_cone(unit, np.diag((norms > 0).astype(float)), self.resolution)
         preference = self._or_equal_shares("preference", tasks)
         return torch.from_numpy(divided((preference * norms) @ projected, norms))

@@ -93,13 +93,15 @@ class Wrapper(GramBalancer):
         whole = gram.new_zeros((self.num_tasks, self.num_tasks))
         index = torch.arange(self.num_tasks)[tasks]
         whole[index[:, None], index] = gram
-        solved: Tensor = balancer(whole, all_losses, present) if balancer.due else balancer.reuse(present)
+        if not balancer.due:
+            return balancer.reuse(present)[tasks]
+        solved: Tensor = balancer(whole, all_losses, present, self.resolution)
         return solved[tasks]
 
 
 def device_of(balancer: Balancer) -> torch.device:
     """Where a balancer's numbers are."""
-    for tensor in (*balancer.parameters(), *balancer.buffers()):
+    for tensor in (*balancer.parameters(), *(value for _, value in balancer.named_state())):
         return tensor.device
     return torch.device("cpu")
 

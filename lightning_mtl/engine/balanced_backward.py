@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
-from lightning_mtl.checks import bad_argument
+from lightning_mtl.checks import bad_argument, warn_once
 from lightning_mtl.engine.collectives import mean_over_ranks, sum_gram
 from lightning_mtl.engine.differentiate import Grads, add_up, stacked
 from lightning_mtl.engine.gradients import choose
@@ -63,9 +63,9 @@ class BalancedBackward:
         """The scalar whose backward this is; its value is the plain sum of the losses."""
         return deposit(self.losses.sum(), [*self.gradients.inputs, *self.step.private], self._solve)
 
-    def _solve(self, scale: Tensor) -> Grads:
+    def _solve(self, scale: Tensor, keep: bool) -> Grads:
         apart = self.weight_heads or self.own_weights is not None
-        private, own = self.gradients.take(scale, apart=apart), self.own_weights
+        private, own = self.gradients.take(scale, apart=apart, keep=keep), self.own_weights
         if isinstance(self.balancer, RowBalancer):
             assert isinstance(self.gradients, Stored)
             update = self.gradients.spread(self._update(self.balancer, self.gradients, scale))
@@ -82,11 +82,12 @@ class BalancedBackward:
             gradients.exchange.wait()
             return torch.zeros_like(gradients.exchange[0])
         rows = gradients.whole(factor)
+        gram = gram_of(rows).cpu()
+        present = self._with_a_gradient(gram)
         losses = global_losses(self.step, len(self.names)).double()
-        update = balancer.combine(rows, losses, self.step.present)
+        update = balancer.combine(rows, losses, present)
         if self.report is not None:
-            gram, losses = gram_of(rows).cpu(), losses.cpu()
-            self.report(Balance(self.names, losses, balancer.last_weights.clone(), gram, self.step.present))
+            self.report(Balance(self.names, losses.cpu(), balancer.last_weights.clone(), gram, present))
         return update * factor
 
     def _weigh(self, balancer: GramBalancer, scale: Tensor) -> Tensor:
@@ -100,13 +101,35 @@ class BalancedBackward:
             if balancer.grouped and gram.ndim == 2:
                 gram = gram[None]
             total, losses = sum_gram(gram, losses, scale)
-            weights = balancer.last_weights if total is None else balancer(total, losses, present)
+            present = self._with_a_gradient(total)
+            exact = self.gradients.resolution
+            weights = balancer.last_weights if total is None else balancer(total, losses, present, exact)
         else:
             weights = balancer.reuse(present)
         if self.report is not None:
             shown = weights.mean(0) if weights.ndim == 2 else weights
             self.report(Balance(self.names, losses, shown, self._shown_gram(total), present))
         return weights
+
+    def _with_a_gradient(self, gram: Tensor | None) -> Tensor | None:
+        """Who is present, without the tasks whose gradient is exactly zero: they have nothing to say in this step.
+
+        Such a task (a loss times 0, a term annealed from 0) would stop all others under a method such as MGDA.
+        """
+        present = self.step.present
+        if gram is None:
+            return present
+        zero = gram.diagonal(dim1=-2, dim2=-1).reshape(-1, len(self.names)).sum(0) == 0
+        if not bool(zero.any()) or not bool(gram.isfinite().all()):
+            return present
+        here = torch.ones_like(zero) if present is None else present.cpu()
+        for task in (zero & here).nonzero().flatten().tolist():
+            warn_once(
+                self.balancer,
+                f"The gradient of task {self.names[task]!r} is exactly zero at what the tasks share. In such steps the "
+                "task counts as absent.",
+            )
+        return here & ~zero
 
     def _shown_gram(self, gram: Tensor | None) -> Tensor | None:
         """The gram of the tasks' whole rows, ``[T, T]``."""

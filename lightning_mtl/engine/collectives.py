@@ -8,11 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mtl.compat import reduce_scatter
 from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.linalg import gram_of_parts
-
-# Renamed in torch 2.13.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def world_size() -> int:
@@ -20,7 +18,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def label_counts(counts: Sequence[Tensor | int], device: torch.device) -> tuple[Tensor, Tensor]:
+def label_counts(counts: Sequence[Tensor | float], device: torch.device) -> tuple[Tensor, Tensor]:
     """This rank's label counts, and their sums over the ranks: float64 ``[T]`` each."""
     mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
     total = mine.clone()
@@ -78,8 +76,7 @@ class RowExchange:
         if self.whole and world_size() > 1:
             self._work.append(dist.all_reduce(self.rows[task], async_op=True))
         elif self._slices is not None:
-            assert _reduce_scatter is not None
-            self._work.append(_reduce_scatter(self._slices[task], self.rows[task], async_op=True))
+            self._work.append(reduce_scatter(self._slices[task], self.rows[task], async_op=True))
 
     def wait(self) -> None:
         """Until every row that was sent has been summed."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lightning_mtl.engine.recompute import forwards_leave_no_trace
 from lightning_mtl.types import Root
 
 Grads = list[Tensor | None]
@@ -31,7 +32,22 @@ def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Ten
     ends, starts = zip(*pairs, strict=True)
     # Tensors and edges may be mixed, which torch takes but does not declare.
     wanted = cast(Any, inputs)
-    return list(torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True))
+    with forwards_leave_no_trace():
+        return list(torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True))
+
+
+def real(grad: Tensor) -> Tensor:
+    """The numbers of a gradient, dense and real: what inner products are taken of."""
+    if grad.is_nested:
+        grad = grad.values()
+    if grad.is_sparse:
+        grad = grad.to_dense()
+    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+
+
+def resolution(dtypes: Iterable[torch.dtype]) -> float:
+    """The relative rounding of numbers of these dtypes: that of the coarsest."""
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float64).eps)
 
 
 def zeros_for(root: Root) -> Tensor:

@@ -101,9 +101,9 @@ def _plain_sum(step: Step, balancer: GramBalancer | RowBalancer, num_tasks: int)
         return total
     ones = [1.0] * len(losses) if own is None else factors.tolist()
 
-    def solve(scale: Tensor) -> Grads:
+    def solve(scale: Tensor, keep: bool) -> Grads:
         seeds = [(scale * one).to(loss) for loss, one in zip(step.losses, ones, strict=True)]
-        return grad_of(step.losses, step.private, seeds, keep=False)
+        return grad_of(step.losses, step.private, seeds, keep=keep)
 
     return deposit(total.detach(), step.private, solve)
 
@@ -135,9 +135,9 @@ def _check_features(step: Step) -> None:
         raise bad_argument(
             "lightning_mtl",
             "level",
-            'be "parameters" where the features are not known',
+            'be "parameters" where no cut at the features gives the whole gradient',
             "'features'",
-            "Pass features=, the tensors that all heads read",
+            "Pass features=, the tensors that all heads read, none computed from another, and leave out shared=",
         )
     if any(task is not roots[0] for task in roots):
         raise bad_argument(

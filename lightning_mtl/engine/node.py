@@ -12,13 +12,14 @@ from torch.autograd.function import once_differentiable
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import world_size
 
-Solve = Callable[[Tensor], Sequence[Tensor | None]]
+#: (the gradient that arrives at the loss, whether the graph of the losses must survive) -> gradients of the inputs.
+Solve = Callable[[Tensor, bool], Sequence[Tensor | None]]
 
 
 class _Deposit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Solve, value: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.solve, ctx.device_type = solve, value.device.type
+        ctx.solve, ctx.device_type, ctx.keep = solve, value.device.type, True
         ctx.zeros = inputs if world_size() > 1 else None
         return value.clone()
 
@@ -38,15 +39,37 @@ class _Deposit(torch.autograd.Function):
         solve, like, ctx.solve, ctx.zeros = ctx.solve, ctx.zeros, None, None
         if torch.is_autocast_enabled(ctx.device_type):
             with torch.autocast(ctx.device_type, enabled=False):
-                grads = list(solve(scale))
+                grads = list(solve(scale, ctx.keep))
         else:  # as nearly always; entering a context takes its time
-            grads = list(solve(scale))
+            grads = list(solve(scale, ctx.keep))
         if like is not None:
             # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
             grads = [
                 torch.zeros_like(tensor) if grad is None else grad for grad, tensor in zip(grads, like, strict=True)
             ]
         return (None, None, *grads)
+
+
+def free_graph(loss: Tensor) -> None:
+    """Let a balanced loss free the graph of its losses as its backward runs, as any backward does.
+
+    Without this the graph lives as long as somebody holds a loss or a feature, because a term that was added to the
+    balanced loss may need it again. Nothing happens if there is such a term: if the loss depends on anything else than
+    balanced losses.
+    """
+    nodes: list[Any] = []
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if getattr(type(node), "_forward_cls", None) is _Deposit:
+            nodes.append(node)
+        elif node is None or hasattr(node, "variable"):
+            if node is not None:
+                return
+        else:
+            stack += [child for child, _ in node.next_functions]
+    for node in nodes:
+        node.keep = False
 
 
 def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 from lightning_mtl.balancers.base import Balancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.engine.loss import balanced_loss
-from lightning_mtl.engine.present import TaskLoss, collect
-from lightning_mtl.engine.step import Model, Owned, found, make_step
+from lightning_mtl.engine.model import Model
+from lightning_mtl.engine.node import free_graph
+from lightning_mtl.engine.present import Labelled, TaskLoss, collect
+from lightning_mtl.engine.step import Owned, found, make_step
 from lightning_mtl.types import Balance
 
 _WHO = "lightning_mtl.backward"
@@ -22,12 +24,13 @@ def backward(
     losses: Mapping[str, TaskLoss],
     balancer: Balancer,
     features: Any = None,
-    shared: Iterable[Tensor] | None = None,
+    shared: Iterable[Tensor] | str | None = None,
     level: str = "parameters",
     *,
-    labelled: Mapping[str, Tensor | int] | None = None,
+    labelled: Labelled | None = None,
     weight_heads: bool = False,
     last_layer: Iterable[Tensor] | None = None,
+    plain: Tensor | None = None,
     backward_fn: Callable[[Tensor], Any] | None = None,
 ) -> Balance:
     """Add balanced gradients to ``.grad``, as ``sum(losses).backward()`` would add plain ones.
@@ -38,12 +41,15 @@ def backward(
             For a balancer that compares two independent samples a pair of scalars, one of each.
         balancer: built once, before the loop; its parameters, if any, belong into the optimizer.
         features: the tensors that all heads read, in any nested structure; what lies behind them is shared.
-        shared: the shared parameters; without it and ``features`` those that at least two losses reach.
+        shared: the shared parameters, or "all"; without it and ``features`` those that at least two losses reach. The
+            others get the gradient of the plain sum.
         level: "parameters" (exact) or "features" (rows are gradients at the features, which must be given).
-        labelled: task name -> number of labelled samples that this process's loss is the mean of; the loss then is the
-            mean over the labelled samples of all processes.
+        labelled: task name -> what this process's loss is the mean over: the number of labelled samples, a bool mask of
+            them, or a float tensor of sample weights, whose sum is the denominator; the loss then is the mean over the
+            samples of all processes.
         weight_heads: whether the weights apply to private parameters too.
         last_layer: parameters of the last shared layer, for a balancer that takes its gram there.
+        plain: a term beside the tasks, such as a regulariser; its gradient is added as it is.
         backward_fn: called with the balanced loss in place of ``loss.backward()``: ``fabric.backward``, or
             ``lambda loss: scaler.scale(loss).backward()``.
 
@@ -80,13 +86,15 @@ def backward(
     device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
     values, present = collect(losses, names, labelled, torch.zeros((), device=device), _WHO)
     done: list[Balance] = []
-    owned = Owned([], [], [])
+    owned, model = Owned(), Model(_WHO)
     if not isinstance(balancer, LossBalancer):
-        owned = found(values, len(names), Model(_WHO), features, shared)
+        owned = found(values, len(names), model, features, shared)
     layer = None if last_layer is None else list(last_layer)
-    step = make_step(values, present, owned, balancer, layer=layer)
+    step = make_step(values, present, owned, balancer, model, layer=layer)
     loss = balanced_loss(step, balancer, names, level=level, weight_heads=weight_heads, report=done.append)
-    (backward_fn or torch.Tensor.backward)(loss)
+    if plain is None:
+        free_graph(loss)
+    (backward_fn or torch.Tensor.backward)(loss if plain is None else loss + plain)
     if done:
         return done[0]
     # Nothing is shared (a frozen encoder): every task went backward with weight 1.

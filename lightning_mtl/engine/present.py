@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.checks import check_task_loss
+from lightning_mtl.checks import bad_argument, check_task_loss, warn_once
 from lightning_mtl.engine.collectives import label_counts, world_size
 
-TaskLoss = Tensor | tuple[Tensor, Tensor] | None
+TaskLoss = Tensor | float | tuple[Tensor, Tensor] | None
+Labelled = Mapping[str, Tensor | int]
 
 
 def collect(
     losses: Mapping[str, TaskLoss],
     names: Sequence[str],
-    labelled: Mapping[str, Tensor | int] | None,
+    labelled: Labelled | None,
     absent: Tensor,
     owner: object,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The losses of a batch in task order, and who is present.
 
+    A loss without a gradient (a number, a constant: a task that is switched off) counts in the value only: its task is
+    absent.
+
     Args:
         losses: task name -> scalar, pair of scalars (of two halves of the batch), or ``None`` for an absent task.
         names: the ``T`` task names.
-        labelled: task name -> number of labels that a loss is the mean of; by default every process counts the same.
+        labelled: task name -> what a loss is the mean over (:func:`_count`); by default every process counts the same.
         absent: what stands in for the loss of an absent task.
         owner: whom an error names.
 
     Returns: ``T`` scalars, or ``2T``, all first halves before all second ones; and as :func:`to_global`.
+    Raises: ``ValueError`` or ``TypeError`` if a loss is no scalar, a count is none, or no loss has a gradient.
     """
-    pairs = {name: _shares(losses[name]) for name in names}
+    pairs = {name: _shares(losses[name], name, owner) for name in names}
     parts = max(len(pair) for pair in pairs.values())
-    known = _on_host(labelled or {})
-    values: list[tuple[Tensor, ...]] = []
-    counts: list[Tensor | int] = []
+    known = _counts(labelled or {}, owner)
+    values: list[Sequence[Tensor]] = []
+    counts: list[float] = []
     for name in names:
-        count = 0 if losses[name] is None else known.get(name, 1)
-        if count:
-            for part in pairs[name]:
-                check_task_loss(part, name, owner)
+        count = 0.0 if losses[name] is None else known.get(name, 1)
         # Of a task without labels not the loss itself: the mean of nothing is NaN.
-        values.append(pairs[name] if count else (absent,) * parts)
+        value: Sequence[Tensor] = pairs[name] if count else (absent,) * parts
+        if count and torch.is_grad_enabled() and not any(part.requires_grad for part in value):
+            _say_constant(name, owner)
+            count, value = 0, [part + absent for part in value]
+        values.append(value)
         counts.append(count)
+    if not any(counts) and torch.is_grad_enabled() and world_size() == 1:
+        raise bad_argument(
+            owner,
+            "losses",
+            "hold a loss with a gradient of at least one task",
+            "none",
+            "Compute them without detach(), no_grad() or item(); return None from training_step to skip such a batch",
+        )
     flat = [part for each in zip(*values, strict=True) for part in each]
-    if labelled or world_size() > 1 or any(loss is None for loss in losses.values()):
+    if labelled or world_size() > 1 or not all(counts):
         return to_global(flat, counts)
     return flat, None
 
 
-def to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple[list[Tensor], Tensor | None]:
+def to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | float]) -> tuple[list[Tensor], Tensor | None]:
     """Turn means over this rank's labelled samples into shares of the mean over the global batch's.
 
     Each loss is multiplied by ``count * world / global count``, so that the average over the ranks, which the
@@ -58,23 +74,23 @@ def to_global(losses: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple
 
     Args:
         losses: ``T`` scalars, or ``2T``, each a share of its task's loss.
-        counts: per task the number of this rank's labelled samples; a tensor ``[]`` only where the host would have
-            to wait for the number.
+        counts: per task the number of this rank's labelled samples, or the sum of their weights; a tensor ``[]`` only
+            where the host would have to wait for the number.
 
     Returns: as many scalars, and who is present in the global batch, bool ``[T]``; ``None`` if surely everybody.
     """
     device = losses[0].device
     if world_size() == 1:
-        if all(isinstance(count, int) for count in counts):
+        if all(isinstance(count, int | float) for count in counts):
             present = [count > 0 for count in counts]
             return list(losses), None if all(present) else torch.tensor(present, device=device)
         return list(losses), torch.stack([torch.as_tensor(count, device=device) for count in counts]) > 0
     mine, total = label_counts(counts, device)
-    factors = (mine * world_size() / total.clamp(min=1)).repeat(len(losses) // len(counts))
+    factors = (mine * world_size() / torch.where(total > 0, total, 1)).repeat(len(losses) // len(counts))
     return [loss * factor.to(loss.dtype) for loss, factor in zip(losses, factors, strict=True)], total > 0
 
 
-def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | int]) -> tuple[list[Tensor], Tensor | None]:
+def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | float]) -> tuple[list[Tensor], Tensor | None]:
     """Turn means over the halves of this rank's samples into shares of the tasks' losses.
 
     A task's loss is the mean of its halves' means over the global batch, or the one that has labels; then the other
@@ -88,22 +104,69 @@ def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | int]) ->
     """
     mine, total = label_counts(counts, means[0].device)
     there = (total > 0).view(2, -1)
-    factors = mine * world_size() / total.clamp(min=1) / there.sum(0).clamp(min=1).repeat(2)
+    factors = mine * world_size() / torch.where(total > 0, total, 1) / there.sum(0).clamp(min=1).repeat(2)
     shares = [mean * factor.to(mean.dtype) for mean, factor in zip(means, factors, strict=True)]
-    sure = world_size() == 1 and all(isinstance(count, int) and count > 0 for count in counts)
+    sure = world_size() == 1 and all(isinstance(count, int | float) and count > 0 for count in counts)
     return shares, None if sure else there.any(0)
 
 
-def _shares(loss: TaskLoss) -> tuple[Tensor, ...]:
+def _shares(loss: TaskLoss, name: str, owner: object) -> Sequence[Tensor]:
     """A loss as the parts that it is the sum of: itself, or half of each of a pair of means."""
-    if isinstance(loss, tuple | list):
-        return tuple(part / len(loss) if isinstance(part, Tensor) else part for part in loss)
-    return (loss,)  # type: ignore[return-value]  # what is no tensor is refused by name later
+    parts = loss if isinstance(loss, tuple | list) else (loss,)
+    found: list[Tensor] = []
+    for part in parts:
+        if part is None:
+            continue
+        value = torch.tensor(float(part)) if type(part) in (int, float) else part
+        check_task_loss(value, name, owner)
+        assert isinstance(value, Tensor)
+        # A subclass (with labels, with meta data) has no use for them in a sum of losses.
+        value = value if type(value) is Tensor else value.as_subclass(Tensor)
+        found.append(value / len(parts) if len(parts) > 1 else value)
+    return found
 
 
-def _on_host(counts: Mapping[str, Tensor | int]) -> dict[str, int]:
-    """Label counts as numbers, in one transfer."""
-    if not counts:
+def _say_constant(name: str, owner: object) -> None:
+    warn_once(
+        owner,
+        f"The loss of {name!r} has no gradient, so the task counts as absent in this batch. If it is not switched off "
+        "on purpose, compute its loss without detach(), no_grad() or item().",
+    )
+
+
+def _counts(labelled: Labelled, owner: object) -> dict[str, float]:
+    """What each loss is the mean over, in one transfer to the host."""
+    if not labelled:
         return {}
-    values = torch.stack([torch.as_tensor(count).detach().reshape(()).double() for count in counts.values()])
-    return dict(zip(counts, (int(value) for value in values.tolist()), strict=True))
+    sums = torch.stack([_count(value, name, owner) for name, value in labelled.items()]).tolist()
+    for name, total in zip(labelled, sums, strict=True):
+        if not 0 <= total < math.inf:
+            raise _bad_count(name, total, owner)
+    return dict(zip(labelled, sums, strict=True))
+
+
+def _count(value: object, name: str, owner: object) -> Tensor:
+    """The denominator of a mean: a number of labels, the entries of a bool mask that are True, or a sum of weights.
+
+    A scalar that is no whole number is refused: it would be the mean of a mask.
+    """
+    if isinstance(value, int | float | Integral) and not isinstance(value, bool) and float(value).is_integer():
+        return torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.dtype == torch.bool or (value.is_floating_point() and value.ndim):
+            # A negative weight or NaN anywhere must show in the sum.
+            return torch.where((value >= 0).all(), value.sum(), -1).double().cpu()
+        if value.numel() == 1 and (not value.is_floating_point() or float(value).is_integer()):
+            return value.reshape(()).double().cpu()
+    raise _bad_count(name, value, owner)
+
+
+def _bad_count(name: str, value: object, owner: object) -> Exception:
+    return bad_argument(
+        owner,
+        f"labelled['{name}']",
+        "be a number of labels (an integer >= 0), a bool mask, or a float tensor of sample weights >= 0",
+        repr(value),
+        "Pass the mask itself or mask.sum(), not its mean; weights not summed up",
+    )

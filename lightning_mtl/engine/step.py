@@ -11,32 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer
-from lightning_mtl.checks import bad_argument, listed
+from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import union_over_ranks
-from lightning_mtl.engine.features import tensors_of
-from lightning_mtl.engine.graph import discover, distinct, reached, reached_beside
+from lightning_mtl.engine.compiled import is_compiled
+from lightning_mtl.engine.features import given_tensors
+from lightning_mtl.engine.graph import discover, reached, reached_beside, upstream
+from lightning_mtl.engine.last_layer import last_layer
+from lightning_mtl.engine.model import Model
 from lightning_mtl.types import Root, Step
-
-
-@dataclass
-class Model:
-    """What is known of a model beyond the graph of one step.
-
-    Args:
-        owner: whom an error names.
-        own: its trainable parameters in order of registration; ``None`` in a plain loop, where they are those that the
-            losses reach.
-        met: parameters found shared before; they stay so in a batch in which only one of their tasks has labels.
-    """
-
-    owner: object
-    own: Sequence[Tensor] | None = None
-    met: list[Tensor] = field(default_factory=list)
-
-    def named(self, parameters: Iterable[Tensor]) -> str:
-        """The first few of them, for a message."""
-        known = {id(p): n for n, p in self.owner.named_parameters()} if isinstance(self.owner, nn.Module) else {}
-        return listed([known.get(id(p), f"one of shape {list(p.shape)}") for p in parameters][:3])
 
 
 @dataclass
@@ -51,15 +33,19 @@ class Owned:
         roots: where the heads begin, common to all tasks; ``None`` if not known.
     """
 
-    shared: list[Tensor]
-    shared_heads: list[Tensor]
-    private: list[Tensor]
+    shared: list[Tensor] = field(default_factory=list)
+    shared_heads: list[Tensor] = field(default_factory=list)
+    private: list[Tensor] = field(default_factory=list)
     tied: list[Tensor] = field(default_factory=list)
     roots: list[Root] | None = None
 
 
 def found(
-    losses: Sequence[Tensor], num_tasks: int, model: Model, features: Any = None, shared: Iterable[Tensor] | None = None
+    losses: Sequence[Tensor],
+    num_tasks: int,
+    model: Model,
+    features: Any = None,
+    shared: Iterable[Tensor] | str | None = None,
 ) -> Owned:
     """Who owns what in this step, where it is not declared.
 
@@ -68,7 +54,7 @@ def found(
         num_tasks: ``T``.
         model: its ``met`` is brought up to date.
         features: what all heads read: shared is what lies behind.
-        shared: the shared parameters; without them and features, what at least two tasks reach.
+        shared: the shared parameters, or "all"; without them and features, what at least two tasks reach.
 
     Raises: ``ValueError`` if features or shared do not fit the graph.
     """
@@ -77,12 +63,15 @@ def found(
     if len(losses) > num_tasks:
         whole = [torch.stack(whole[task::num_tasks]).sum() for task in range(num_tasks)]
     whole = [loss for loss in whole if loss.requires_grad]
+    chosen = None if shared is None else _chosen(shared, whole, model)
     if features is not None:
-        return _behind_features(tensors_of(features), whole, model, shared)
-    if shared is None:
+        return _behind_features(
+            given_tensors(features, model.owner), whole, model, chosen, complete=len(whole) == num_tasks
+        )
+    if chosen is None:
         return _in_graph(whole, losses[0].device, model)
-    chosen = [p for p in shared if p.requires_grad]
-    return Owned(chosen, [], _without(reached(whole, model.owner), chosen))
+    own = reached(whole, model.owner) if model.own is None else model.own
+    return Owned(chosen, private=_without(own, chosen))
 
 
 def declared(encoder: nn.Module, heads: Sequence[nn.Module], own: Sequence[Tensor]) -> Owned:
@@ -103,12 +92,11 @@ def make_step(
     present: Tensor | None,
     owned: Owned,
     balancer: Balancer,
+    model: Model,
     *,
     roots: Sequence[Sequence[Root]] | None = None,
     leaves: Sequence[Sequence[Tensor]] | None = None,
     layer: nn.Module | Sequence[Tensor] | None = None,
-    modules: Sequence[nn.Module] = (),
-    owner: object = "lightning_mtl",
 ) -> Step:
     """The step, with the layers that the balancer looks at.
 
@@ -117,58 +105,59 @@ def make_step(
         present: bool ``[T]``, or ``None`` for all.
         owned: who owns what.
         balancer: what it looks at.
+        model: the model.
         roots: per loss, where its head begins; by default those that are common to all.
         leaves: per loss, what its head read in their place.
-        layer: the last shared layer, as told; by default the module that owns the last shared parameter.
-        modules: those of the model, in order of registration.
-        owner: whom an error names.
+        layer: the last shared layer, as told; by default it is found.
 
-    Raises: ``ValueError`` if the layer is not shared.
+    Raises: ``ValueError`` if a last layer is needed and there is none that every task reaches.
     """
     if roots is None and owned.roots is not None:
         roots = [owned.roots] * len(losses)
-    at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer"
-    per_layer = isinstance(balancer, GramBalancer) and balancer.granularity == "layer"
-    last = _parameters_of(layer, modules, owned.shared, owner) if at_layer else None
-    layers = None
-    if per_layer and modules:
-        numbers = {id(p): n for n, module in enumerate(modules) for p in module.parameters(recurse=False)}
-        layers = [numbers[id(parameter)] for parameter in (*owned.shared, *owned.shared_heads)]
-    return Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present, last, layers)
+    step = Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present)
+    if isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and owned.shared:
+        step.last_layer = last_layer(step, model, layer)
+    if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
+        numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
+        step.layers = [numbers[id(parameter)] for parameter in (*owned.shared, *owned.shared_heads)]
+    return step
 
 
-def _parameters_of(
-    layer: nn.Module | Sequence[Tensor] | None, modules: Sequence[nn.Module], shared: Sequence[Tensor], owner: object
-) -> list[Tensor] | None:
-    taken = {id(parameter) for parameter in shared}
-    told = layer is not None
-    if layer is None:
-        owns = [m for m in modules if any(id(p) in taken for p in m.parameters(recurse=False))]
-        layer = owns[-1] if owns else None
-    if not isinstance(layer, nn.Module):
-        return None if layer is None else list(layer)
-    parameters: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
-    if told and not {id(p) for p in parameters} <= taken:
+def _chosen(shared: Iterable[Tensor] | str, losses: Sequence[Tensor], model: Model) -> list[Tensor]:
+    """The shared parameters as told."""
+    own = reached(losses, model.owner) if model.own is None else model.own
+    if shared == "all":
+        return list(own)
+    told = [] if isinstance(shared, str | Tensor) else list(shared)
+    if not told or not all(isinstance(parameter, Tensor) for parameter in told):
         raise bad_argument(
-            owner,
-            "last_layer",
-            "be a part of what the tasks share",
-            type(layer).__name__,
-            "Pass the last module that all heads read from",
+            model.owner, "shared", 'be "all" or an iterable of parameters', repr(shared), "Pass encoder.parameters()"
         )
-    return parameters
+    told = list({id(p): p for p in told if p.requires_grad}.values())
+    strange = _without(told, own)
+    if strange and (model.own is not None or len(strange) == len(told)):
+        raise bad_argument(
+            model.owner,
+            "shared",
+            "be parameters that are trained here",
+            f"{len(strange)} others, one of shape {list(strange[0].shape)}",
+            "Leave them out, or register them with the module",
+        )
+    return told
 
 
 def _behind_features(
-    tensors: list[Tensor], losses: Sequence[Tensor], model: Model, told: Iterable[Tensor] | None
+    features: list[Tensor], losses: Sequence[Tensor], model: Model, chosen: list[Tensor] | None, *, complete: bool
 ) -> Owned:
-    roots, owner = distinct(tensors, model.owner), model.owner
+    owner = model.owner
     everything = reached(losses, owner)
+    if not features:
+        _check_nothing_to_share(everything, losses, model, complete=complete)
+    behind = reached(features, owner)
     own = everything if model.own is None else model.own
-    if not roots:
-        _check_nothing_to_share(everything, losses, model)
-    behind = reached(roots, owner)
-    beside = _among(reached_beside(losses, roots, owner), behind)
+    if chosen is not None and {id(p) for p in chosen} != {id(p) for p in behind}:
+        return Owned(chosen, private=_without(own, chosen))
+    beside = _among(reached_beside(losses, features, owner), behind)
     if beside:
         raise bad_argument(
             owner,
@@ -177,24 +166,22 @@ def _behind_features(
             f"losses that also reach {model.named(beside)} beside them",
             "Add the other tensors, as in features=(z, skip), or leave features out",
         )
-    shared = _among(own, behind) if model.own is not None else behind
-    if told is not None:
-        chosen = [p for p in told if p.requires_grad]
-        if different := {id(p) for p in chosen} ^ {id(p) for p in behind}:
-            raise bad_argument(
-                owner,
-                "shared",
-                "be all parameters that the features depend on",
-                f"a list that differs from them by {len(different)}",
-                "Leave out shared= or features=",
-            )
-        shared = chosen
-    return Owned(shared, [], _without(own, shared), roots=list(roots))
+    shared = _among(own, behind)
+    private = _without(own, shared)
+    roots = upstream(features, owner) if features else []
+    inside = reached(roots, owner)
+    # What is computed from a feature counts to the heads, if all its ways lead through the features.
+    if _among(reached_beside(features, roots, owner), inside):
+        return Owned(shared, private=private)
+    return Owned(_among(shared, inside), _without(shared, inside), private, roots=list(roots))
 
 
-def _check_nothing_to_share(everything: Sequence[Tensor], losses: Sequence[Tensor], model: Model) -> None:
+def _check_nothing_to_share(
+    everything: Sequence[Tensor], losses: Sequence[Tensor], model: Model, *, complete: bool
+) -> None:
     """Features without a gradient are right where the encoder is frozen; else somebody detached them."""
-    idle = _without(model.own, everything) if model.own is not None else []
+    # The head of an absent task is idle too.
+    idle = _without(model.own, everything) if model.own is not None and complete else []
     meet = discover(losses, model.owner).shared
     if model.own is not None and not idle and not meet:
         return
@@ -213,9 +200,18 @@ def _check_nothing_to_share(everything: Sequence[Tensor], losses: Sequence[Tenso
 
 def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model) -> Owned:
     """What at least two losses reach in this step's graph, on any rank, or did in an earlier one."""
+    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None and not is_compiled(loss)]
+    if len(set(nodes)) < len(nodes):
+        raise bad_argument(
+            model.owner,
+            "losses",
+            "come from nodes of their own where who is shared is found in the graph",
+            "several outputs of one autograd node (unbind, one compiled criterion)",
+            "Pass features=, the tensors that all heads read, or shared=, the shared parameters",
+        )
     reach = discover(losses, model.owner)
     if model.own is None:
-        return Owned(reach.shared, [], reach.private, roots=list(reach.edges) or None)
+        return Owned(reach.shared, private=reach.private, roots=list(reach.edges) or None)
     own = model.own
     here = {id(parameter) for parameter in reach.shared}
     before = {id(parameter) for parameter in model.met}
@@ -228,7 +224,7 @@ def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model) -> O
     # must go one way, because each has its own collectives.
     edges = [] if cut_fails or any(a and b for a, b in zip(some, not_all, strict=True)) else reach.edges
     model.met = shared
-    return Owned(shared, [], _without(own, shared), roots=list(edges) or None)
+    return Owned(shared, private=_without(own, shared), roots=list(edges) or None)
 
 
 def _among(parameters: Iterable[Tensor], chosen: Iterable[Tensor]) -> list[Tensor]:

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from lightning_mtl.linalg.unit import unit_gram
+from lightning_mtl.linalg.dual_cone import cancelling, is_nothing
+from lightning_mtl.linalg.unit import EXACT, solve_symmetric, unit_gram
 
 Array = np.ndarray
 _TINY = float(np.finfo(np.float64).smallest_subnormal)
@@ -31,19 +32,19 @@ _NEARLY = 1e-6
 _FINE = 1e-10
 #: and at which Newton has nothing to add.
 _PRECISE = 1e-12
-#: Added to the diagonal where no solution exists (the tasks' gradients cancel): the limit that it leads to is finite.
-_RIDGE = 1e-10
+#: Cosine of a task with the update from which on, or four times the rows' resolution, it may be rounding.
+_DOUBTFUL = 1e-6
 
 
-def fair_weights(gram: Array, power: float) -> Array:
+def fair_weights(gram: Array, power: float, resolution: float = EXACT) -> Array:
     r"""Solve the equations of a fair bargain.
 
     :math:`(G w)_t = w_t^{-p}` for :math:`w > 0`: Nash bargaining for ``p = 1``, alpha-fairness for ``p = 1 / alpha``.
 
     The solution is the minimiser of the convex :math:`\tfrac12 w^\top G w - \sum_t \int w_t^{-p}`, found by damped
-    Newton from where it would be if no gradient saw another. Where the rows can be combined to zero with weights > 0
-    there is no solution; then the diagonal of the unit gram is raised by 1e-10, and the weights are finite and large
-    for the tasks that cancel. A row of zeros gets weight 0.
+    Newton from where it would be if no gradient saw another. Where some rows can be combined to zero with weights > 0
+    there is no solution; then the limit of those to the gram with an ever smaller multiple of 1 added to its diagonal:
+    the other tasks bargain at a right angle to all these rows, whose tasks gain nothing. A row of zeros gets weight 0.
 
     Shapes: gram ``[T, T]``, power > 0 -> ``[T]``.
     """
@@ -51,30 +52,56 @@ def fair_weights(gram: Array, power: float) -> Array:
     # With a power far from 1 a point that is tried may overflow; it is then no nearer than the one before.
     with np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore"):
         if norms.all():
-            return np.maximum(_weights(unit, norms, power), _TINY)
+            return np.maximum(_weights(unit, norms, power, resolution), _TINY)
         weights, there = np.zeros(len(gram)), norms > 0
         if there.any():
-            weights[there] = np.maximum(_weights(unit[there][:, there], norms[there], power), _TINY)
+            weights[there] = np.maximum(_weights(unit[there][:, there], norms[there], power, resolution), _TINY)
         return weights
 
 
-def _weights(unit: Array, norms: Array, power: float) -> Array:
+def _weights(unit: Array, norms: Array, power: float, resolution: float) -> Array:
     # In y = w n, without lengths: U y = r y^-p with r = n^(p - 1), for norms n around 1 (a power of 2 rounds nothing).
     size = np.exp2(round((math.log2(norms.min()) + math.log2(norms.max())) / 2))
     n = norms / size
-    # Without interaction y = n^((p - 1) / (p + 1)). Powers far from 1 start at the solution for a nearer one.
+    y, error = _bargain(unit, n, power)
+    seen = unit @ y
+    if not (error <= _SOLVED and seen.min() > max(_DOUBTFUL, 4 * resolution) * math.sqrt(max(float(y @ seen), 0.0))):
+        together = cancelling(unit, resolution)
+        if together.any():
+            y = _beside(unit, n, power, resolution, together)
+    return size ** (-2 / (1 + power)) * y / n
+
+
+def _alone(n: Array, power: float) -> Array:
+    """What solves the equations without interaction."""
+    found: Array = n ** ((power - 1) / (power + 1))
+    return found
+
+
+def _bargain(unit: Array, n: Array, power: float) -> tuple[Array, float]:
+    # Powers far from 1 start at the solution for a nearer one.
     if abs(math.log(power)) > _FAR:
         nearer = power * math.exp(-math.copysign(_FAR, math.log(power)))
-        start = n * (_weights(unit, n, nearer) ** ((1 + nearer) / (1 + power)))
+        start = n * ((_bargain(unit, n, nearer)[0] / n) ** ((1 + nearer) / (1 + power)))
     else:
-        start = n ** ((power - 1) / (power + 1))
-    right = n ** (power - 1)
-    y, error = _newton(unit, right, start, power)
-    if not error <= _SOLVED:
-        raised = unit.copy()
-        raised.flat[:: len(n) + 1] += _RIDGE
-        y, _ = _newton(raised, right, start, power)
-    return size ** (-2 / (1 + power)) * y / n
+        start = _alone(n, power)
+    return _newton(unit, n ** (power - 1), start, power)
+
+
+def _beside(unit: Array, n: Array, power: float, resolution: float, together: Array) -> Array:
+    """The limit where some rows cancel: the others' bargain, without what lies in the span of those."""
+    gone, alone = together > 0, _alone(n, power)
+    # What of each of the others is at a right angle to the rows that cancel; of one in their span, nothing.
+    parts = np.eye(len(n))[~gone]
+    parts[:, gone] = -solve_symmetric(unit[gone][:, gone], unit[gone][:, ~gone], resolution).T
+    weights, left = alone[~gone], ~is_nothing(unit, parts, resolution)
+    if left.any():
+        lengths, inside = n[~gone][left], parts[left]
+        weights[left] = lengths * fair_weights(inside @ unit @ inside.T * lengths * lengths[:, None], power, resolution)
+    y = weights @ parts
+    # As much of the combination that is zero as leaves no weight smaller than the task would have alone.
+    y[gone] += together[gone] * ((alone - y)[gone] / together[gone]).max()
+    return y
 
 
 def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, float]:

@@ -7,31 +7,44 @@ from torch import Tensor
 
 from lightning_mtl.checks import bad_argument
 
+#: Of a loss much smaller than this float32 does not hold the inverse.
+LEAST_LOSS = 1e-30
 
-def log_losses(losses: Tensor, owner: object, option: str, *, first: bool) -> Tensor:
-    """The logarithms of positive losses. NaN and infinite losses pass: a gradient scaler looks after them.
+
+def log_losses(
+    losses: Tensor, owner: object, option: str, floor: Tensor | float = LEAST_LOSS, *, first: bool
+) -> Tensor:
+    """The logarithms of losses, with slopes of at most ``1 / floor``.
+
+    Below the floor they go on along the tangent there, as far as rounding may bring a loss that is never negative.
+    NaN and infinite losses pass: a gradient scaler looks after them.
 
     Args:
         losses: ``[P]``, an offset already subtracted.
         owner: named in the error.
         option: the owner's argument that holds the offset.
+        floor: > 0, a number or ``[P]``.
         first: whether this is the first look. On the CPU every step is checked, elsewhere only the first, because
-            the host would have to wait; there a later loss <= 0 gives NaN.
+            the host would have to wait; there a later loss <= -floor gives NaN.
 
     Shapes: losses ``[P]`` -> ``[P]``.
-    Raises: ``ValueError`` if a loss is finite and <= 0.
+    Raises: ``ValueError`` if a loss is finite and <= -floor.
     """
+    values = losses.detach()
+    low = values < floor
     if first or losses.device.type == "cpu":
-        values = losses.detach()
-        if bool(((values <= 0) & values.isfinite()).any()):
+        if not bool(low.any()):
+            return torch.log(losses)
+        if bool(((values <= -floor) & values.isfinite()).any()):
             raise bad_argument(
                 owner,
                 "losses",
-                "be > 0 after the offset, because the method takes their logarithms",
+                "be >= 0 after the offset, because the method takes their logarithms",
                 values.tolist(),
                 f"Pass {option}= with a lower bound of the losses",
             )
-    return torch.log(losses)
+    low &= values > -floor
+    return torch.log(torch.where(low, floor, losses)) + torch.where(low, losses / floor - 1, 0)
 
 
 def one_or_nan(losses: Tensor) -> Tensor:
@@ -55,7 +68,7 @@ def log_weights(losses: Tensor, owner: object, present: Tensor | None = None) ->
             "losses",
             "be >= 0, because the method takes their logarithms",
             losses.tolist(),
-            "Add a lower bound to the losses, or choose another balancer",
+            "Subtract a lower bound from the losses, or choose another balancer",
         )
     inverse = 1 / (losses + 1e-8)
     return inverse if present is None else torch.where(present, inverse, 0)

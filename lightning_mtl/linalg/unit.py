@@ -7,8 +7,10 @@ import torch
 
 Array = np.ndarray
 
-#: Eigenvalues of a unit gram below this (times ``T``) count as 0. Float32 rows that depend on each other leave about
-#: 1e-14 there.
+#: How exact the rows behind a gram are, relatively, where nobody says: float64.
+EXACT = float(np.finfo(np.float64).eps)
+#: Eigenvalues of a unit gram below this (times ``T``) count as 0, of rows of float32 or better: those that depend on
+#: each other leave about 1e-14 there. Of coarser rows, those below the square of their resolution.
 RANK_TOLERANCE = 1e-12
 _MANY = 30
 
@@ -43,33 +45,38 @@ def eigen(matrix: Array) -> tuple[Array, Array]:
     return values.numpy(), vectors.numpy()
 
 
-def factor(unit: Array) -> Array:
+def rank_tolerance(unit: Array, resolution: float) -> float:
+    """Eigenvalues up to this are 0 as far as is known, of a unit gram ``[T, T]``."""
+    return len(unit) * max(RANK_TOLERANCE, resolution * resolution)
+
+
+def factor(unit: Array, resolution: float = EXACT) -> Array:
     """Rows of the lowest dimension with this gram: ``unit = factor @ factor.T``.
 
-    The rank is decided here: directions with an eigenvalue below ``RANK_TOLERANCE * T`` are dropped.
+    The rank is decided here: directions that the rows' rounding may have made are dropped.
 
     Shapes: unit ``[T, T]`` -> ``[T, r]``.
     """
     values, vectors = eigen(unit)
-    kept = values > RANK_TOLERANCE * len(unit)
+    kept = values > rank_tolerance(unit, resolution)
     result: Array = vectors[:, kept] * np.sqrt(values[kept])
     return result
 
 
-def solve_symmetric(unit: Array, right: Array) -> Array:
+def solve_symmetric(unit: Array, right: Array, resolution: float = EXACT) -> Array:
     """Least-squares solution of smallest norm of ``unit @ x = right``, with one step of refinement.
 
-    Shapes: unit ``[T, T]``, right ``[T]`` -> ``[T]``.
+    Shapes: unit ``[T, T]``, right ``[T]`` or ``[T, K]`` -> the same.
     """
     values, vectors = eigen(unit)
-    kept = values > RANK_TOLERANCE * len(unit)
+    kept = values > rank_tolerance(unit, resolution)
     inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
     x = inverse @ right
     refined: Array = x + inverse @ (right - unit @ x)
     return refined
 
 
-def equal_angles(unit: Array) -> Array:
+def equal_angles(unit: Array, resolution: float = EXACT) -> Array:
     """Weights on the unit rows whose combination has the inner product 1 with each of them, or comes closest to it.
 
     All zero where no combination comes closer than zero does.
@@ -77,7 +84,7 @@ def equal_angles(unit: Array) -> Array:
     Shapes: unit ``[T, T]`` -> ``[T]``.
     """
     ones = (unit.diagonal() > 0).astype(float)
-    weights = solve_symmetric(unit, ones)
-    if ones @ unit @ weights <= RANK_TOLERANCE * len(unit):
+    weights = solve_symmetric(unit, ones, resolution)
+    if ones @ unit @ weights <= rank_tolerance(unit, resolution):
         return np.zeros_like(ones)
     return weights

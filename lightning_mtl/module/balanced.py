@@ -15,6 +15,7 @@ from lightning_mtl.callbacks.show_metrics import ShowMetrics
 from lightning_mtl.checks import bad_argument, carried, check_choice, listed
 from lightning_mtl.engine import (
     LEVELS,
+    Labelled,
     Model,
     Owned,
     TaskLoss,
@@ -139,7 +140,13 @@ class Balanced(_Base):
 
     @torch.compiler.disable
     def balance(
-        self, losses: Mapping[str, TaskLoss], features: Any = None, labelled: Mapping[str, Tensor | int] | None = None
+        self,
+        losses: Mapping[str, TaskLoss],
+        features: Any = None,
+        labelled: Labelled | None = None,
+        *,
+        shared: Iterable[Tensor] | str | None = None,
+        plain: Tensor | None = None,
     ) -> Tensor:
         """One scalar to return from ``training_step``; its backward deposits the balanced gradients.
 
@@ -148,8 +155,13 @@ class Balanced(_Base):
                 that compares two independent samples (MoDo, SDMGrad) a pair of scalars, one of each.
             features: the tensors that all heads read, in any nested structure. What lies behind them is shared, what
                 comes after belongs to the heads. Without them, shared is what at least two losses reach.
-            labelled: task name -> number of labelled samples that this process's loss is the mean of. The loss then is
-                the mean over the *global* batch's labelled samples. Without it every process counts the same.
+            labelled: task name -> what this process's loss is the mean over: the number of labelled samples, a bool
+                mask of them, or a float tensor of sample weights (not a scalar), whose sum is the denominator. The loss
+                then is the mean over the *global* batch. Without it every process counts the same.
+            shared: the shared parameters, or "all", where neither features nor the graph should decide. The others get
+                the gradient of the plain sum.
+            plain: a term beside the tasks, such as a regulariser; its gradient is added as it is, as in
+                ``balance(...) + term``.
 
         Returns: a scalar ``[]``, valid for one backward.
         Raises: ``ValueError`` if a task is unknown or left out, a loss is no scalar or has no gradient, features carry
@@ -158,11 +170,12 @@ class Balanced(_Base):
         self._check_names(losses, labelled)
         device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), self.device)
         values, present = collect(losses, self.task_names, labelled, self._absent_loss(device), self)
-        owned = Owned([], [], [])
+        owned = Owned()
         if self._takes_gradients():
             self._model.own = self.own_parameters()
-            owned = found(values, len(self.task_names), self._model, features)
-        return self._balanced(self._step(values, present, owned))
+            owned = found(values, len(self.task_names), self._model, features, shared)
+        loss = self._balanced(self._step(values, present, owned))
+        return loss if plain is None else loss + plain
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the model itself, without the balancer's."""
@@ -190,10 +203,6 @@ class Balanced(_Base):
         check_trainer(self.trainer, self, compares_gradients=several)
         if several:
             allow_several_backwards()
-        # Its buffers may stay on the CPU, and are equal on all ranks by construction: nothing for DDP to broadcast.
-        ignored = set(getattr(self, "_ddp_params_and_buffers_to_ignore", ()))
-        ignored |= {f"balancer.{name}" for name, _ in self.balancer.named_buffers()}
-        self._ddp_params_and_buffers_to_ignore = sorted(ignored)
 
     def on_fit_start(self) -> None:
         """Check that the optimizer has the balancer's parameters."""
@@ -287,5 +296,5 @@ class Balanced(_Base):
 
     def _step(self, losses: Sequence[Tensor], present: Tensor | None, owned: Owned, **cut: Any) -> Step:
         layer = cast("nn.Module | None", self.last_layer)
-        modules = self._remembered("modules", lambda: list(self.modules()))
-        return make_step(losses, present, owned, self.balancer, layer=layer, modules=modules, owner=self, **cut)
+        self._model.modules = self._remembered("modules", lambda: list(self.modules()))
+        return make_step(losses, present, owned, self.balancer, self._model, layer=layer, **cut)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from lightning_mtl.checks import bad_argument, listed
+from lightning_mtl.compat import is_named
 
 
 def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> None:
@@ -23,8 +23,7 @@ def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> N
     together with gradient accumulation.
     """
     strategy = trainer.strategy
-    names = {cls.__name__ for cls in type(strategy).__mro__}
-    if "DeepSpeedStrategy" in names:
+    if is_named(strategy, "DeepSpeedStrategy"):
         raise bad_argument(
             owner,
             "Trainer(strategy=...)",
@@ -32,7 +31,7 @@ def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> N
             "DeepSpeed, which partitions them in hooks of its own",
             'Use strategy="ddp"',
         )
-    if compares_gradients and names & {"FSDPStrategy", "ModelParallelStrategy"}:
+    if compares_gradients and is_named(strategy, "FSDPStrategy", "ModelParallelStrategy"):
         raise bad_argument(
             owner,
             "balancer",
@@ -54,7 +53,7 @@ def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> N
 
 def _scheduled(trainer: Any) -> list[int]:
     """The numbers of accumulated batches that a callback will set later."""
-    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    schedulers = [c for c in trainer.callbacks if is_named(c, "GradientAccumulationScheduler")]
     return [number for scheduler in schedulers for number in scheduler.scheduling.values()]
 
 

@@ -64,7 +64,8 @@ class Problem:
         """The weights that the balancer gives."""
         balancer = load(key, self.num_tasks, **options)
         inner = gram(torch.from_numpy(self.rows).to(self.dtype))
-        weights = balancer(inner[None] if balancer.grouped else inner, torch.ones(self.num_tasks))
+        resolution = torch.finfo(self.dtype).eps
+        weights = balancer(inner[None] if balancer.grouped else inner, torch.ones(self.num_tasks), None, resolution)
         return weights.view(-1).numpy()
 
 

@@ -63,9 +63,16 @@ class GradNormByOptimizer:
 
 
 def uncertainty(losses: Tensor, log_variance: Tensor, forms: Sequence[str]) -> Tensor:
-    """Minus the log-likelihoods of arXiv:1705.07115: equation 7 (regression, without its constant) and 10."""
+    """Minus the log-likelihoods of arXiv:1705.07115: equation 7 (regression, without its constant) and 10.
+
+    For "laplace" that of Laplace's distribution with the scale e^s, as torch has it, without its constant.
+    """
     total = torch.zeros((), dtype=losses.dtype)
     for loss, s, form in zip(losses, log_variance, forms, strict=True):
+        if form == "laplace":
+            likelihood = torch.distributions.Laplace(torch.zeros_like(loss), torch.exp(s)).log_prob(loss)
+            total = total - likelihood - math.log(2)
+            continue
         sigma = torch.exp(s / 2)
         total = total + (loss / (2 * sigma**2) if form == "regression" else loss / sigma**2) + torch.log(sigma)
     return total

@@ -165,14 +165,14 @@ def test_state_survives_a_copy(case, copy):
 
 @ALL
 @pytest.mark.parametrize("move", ["bfloat16", "half", "float", "double"])
-def test_buffers_keep_their_dtype_and_values(case, move):
+def test_state_keeps_its_dtype_and_values(case, move):
     balancer = case.used(3)
-    before = {name: (buffer.dtype, buffer.clone()) for name, buffer in balancer.named_buffers()}
+    before = {name: (value.dtype, value.clone()) for name, value in balancer.named_state()}
     getattr(balancer, move)()
-    for name, buffer in balancer.named_buffers():
+    for name, value in balancer.named_state():
         dtype, values = before[name]
-        assert buffer.dtype == dtype
-        assert torch.equal(buffer.nan_to_num(-7), values.nan_to_num(-7))
+        assert value.dtype == dtype
+        assert torch.equal(value.nan_to_num(-7), values.nan_to_num(-7))
 
 
 @ALL

@@ -81,11 +81,20 @@ def test_a_task_that_joined_late_counts_as_one_that_does_not_change():
     assert balancer.weights(torch.ones(2)).tolist() == pytest.approx(oracles.dwa([[2.0, 1.0], [1.0, 1.0]], 2.0))
 
 
-def test_an_epoch_with_losses_of_zero_gives_finite_weights():
-    balancer = DWA(3, window=1, temperature=1e-3)
+def test_an_epoch_with_losses_of_zero_is_no_epoch():
+    """A task that is switched on after it would outweigh all others for two epochs."""
+    balancer = DWA(3, window=1)
     for values in ([0.0, 0.0, 1.0], [1.0, 0.0, 1e-3]):
         balancer.advance(torch.tensor(values))
-    assert balancer.weights(torch.ones(3)).tolist() == pytest.approx([3, 0, 0])
+    expected = oracles.dwa([[1.0, 1.0, 1.0], [1.0, 1.0, 1e-3]], 2.0)
+    assert balancer.weights(torch.ones(3)).tolist() == pytest.approx(expected)
+
+
+def test_an_epoch_whose_losses_cancel_gives_finite_weights():
+    balancer = DWA(2, window=2, temperature=1e-3)
+    for values in ([1.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [1.0, 1.0]):
+        balancer.advance(torch.tensor(values))
+    assert balancer.weights(torch.ones(2)).tolist() == pytest.approx([2, 0])
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"window": 0}, {"window": 2.5}])

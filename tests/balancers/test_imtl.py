@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancers import IMTL, IMTLG
+from lightning_mtl.balancers import IMTL, IMTLG, IMTLL
 from tests.balancers.cases import losses, rows
 
 SCALES = [-1.0, 0.4, 1.3]
@@ -70,6 +70,20 @@ def test_an_optimizer_makes_the_scaled_losses_equal():
         balancer.own_objective(given).backward()
         adam.step()
     assert (balancer.private_weights(given) * given).tolist() == pytest.approx([1.0] * 3, rel=1e-2)
+
+
+def test_with_a_rate_it_needs_no_optimizer():
+    """Beside the two by hand: the scales of the first move after each solve, those of the heads are the same."""
+    balancer, first, second = IMTL(3, lr=0.1), IMTLL(3, lr=0.1), IMTLG(3)
+    assert not list(balancer.parameters())
+    assert balancer.own_objective(losses(3)) is None
+    for seed in range(5):
+        scale = first.weights(losses(3, seed))
+        torch.testing.assert_close(balancer.private_weights(losses(3, seed)), scale)
+        expected = second.combine(scale[:, None] * rows(3, seed=seed), scale * losses(3, seed))
+        torch.testing.assert_close(balancer.combine(rows(3, seed=seed), losses(3, seed)), expected)
+        first.advance(losses(3, seed))
+    assert first.log_scale.abs().max() > 0.1
 
 
 def test_bad_arguments():

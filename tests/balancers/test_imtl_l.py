@@ -66,3 +66,16 @@ def test_the_scale_of_an_absent_task_has_no_gradient():
     balancer(losses(3), torch.tensor([True, False, True])).backward()
     assert balancer.log_scale.grad[1] == 0
     assert (balancer.log_scale.grad[[0, 2]] != 0).all()
+
+
+def test_its_own_adam_equals_torchs_on_the_papers_loss():
+    own, leaf = IMTLL(3, lr=0.05), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([leaf], lr=0.05)
+    for seed in range(60):
+        torch.testing.assert_close(own.weights(losses(3, seed)), leaf.detach().exp(), rtol=1e-9, atol=0)
+        own.advance(losses(3, seed))
+        optimizer.zero_grad()
+        oracles.imtl_l(losses(3, seed), leaf).backward()
+        optimizer.step()
+    torch.testing.assert_close(own.log_scale, leaf.detach(), rtol=1e-9, atol=0)
+    assert not list(own.parameters())

@@ -110,8 +110,8 @@ def test_settings_by_name():
     assert torch.equal(named.weights(losses(2)), listed.weights(losses(2)))
 
 
-def test_a_loss_at_or_below_its_reference_is_refused():
-    with pytest.raises(ValueError, match=r"STCH: `losses` must be > 0 .* Pass reference= with"):
+def test_a_loss_below_its_reference_is_refused():
+    with pytest.raises(ValueError, match=r"STCH: `losses` must be >= 0 .* Pass reference= with"):
         STCH(2)(torch.tensor([1.0, -0.5]))
     assert STCH(2, reference=-1.0).weights(torch.tensor([1.0, -0.5])).tolist() == pytest.approx([0.5, 2.0])
 

@@ -34,6 +34,7 @@ from lightning_mtl.balancers import resolve
 from lightning_mtl.sharing import Encoders, OwnFeatures, ProximalStep
 from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, Task
 from tests.nets import WIDTH, HandWritten, Samples, mlp, module, network, samples, sgd, three_tasks, trainer
+from tests.versions import TENSORS_ONLY
 
 BATCH = 16  # samples of both processes together
 HALF = BATCH // 2
@@ -51,6 +52,9 @@ SPECS: dict[str, Any] = {
     "pcgrad_every_2": {"class_path": "pcgrad", "init_args": {"every_n_steps": 2}},
     "gradnorm_every_2": {"class_path": "gradnorm", "init_args": {"every_n_steps": 2}},
     "gradnorm_shared": {"class_path": "gradnorm", "init_args": {"norms_at": "shared"}},
+    "uncertainty_adam": {"class_path": "uncertainty", "init_args": {"lr": 0.05}},
+    "imtl_l_adam": {"class_path": "imtl_l", "init_args": {"lr": 0.05}},
+    "imtl_adam": {"class_path": "imtl", "init_args": {"lr": 0.05}},
 }
 
 
@@ -394,7 +398,7 @@ def network_of(model: nn.Module) -> Tensor:
 def fit(run: Run, ckpt_path: str | None = None) -> dict[str, Any]:
     model = MODELS[run.model](run)
     fitted = trainer_of(run)
-    options = {"ckpt_path": ckpt_path, "weights_only": True} if ckpt_path else {}
+    options = {"ckpt_path": ckpt_path, **TENSORS_ONLY} if ckpt_path else {}
     fitted.fit(model, training_data(run), **options)
     return {"network": network_of(model), "balancer": state_of(getattr(model, "balancer", nn.Module()))}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_mtl.engine import reached
-from lightning_mtl.engine.graph import discover, distinct, reached_beside
+from lightning_mtl.engine.graph import discover, reached_beside, upstream
 from tests.engine.zoo import NETS
 
 # Whether the graphs of all losses meet at edges of which none lies behind another.
@@ -60,15 +60,28 @@ def test_beside_the_features():
     assert [id(leaf) for leaf in reached_beside(losses, [z, feature])] == [id(beside)]
 
 
+def test_another_output_of_the_node_is_a_way_beside():
+    weight = nn.Parameter(torch.ones(4))
+    z, other = (weight * 2).chunk(2)
+    assert reached_beside([z.sum()], [z]) == []
+    assert [id(leaf) for leaf in reached_beside([(z * other).sum()], [z])] == [id(weight)]
+
+
 def test_features_may_come_twice():
     weight = nn.Parameter(torch.ones(2))
     z, y = weight * 2, weight * 3
-    assert [id(feature) for feature in distinct([z, y, z, weight + 1, y])][:2] == [id(z), id(y)]
+    assert [id(feature) for feature in upstream([z, y, z, weight + 1, y])][:2] == [id(z), id(y)]
 
 
 @pytest.mark.parametrize("leaf", [False, True])
-def test_features_that_are_computed_from_each_other_are_refused(leaf):
+def test_of_features_that_are_computed_from_each_other_the_first_remain(leaf):
     weight = nn.Parameter(torch.ones(2))
     first = weight if leaf else weight * 2
-    with pytest.raises(ValueError, match="be independent of each other"):
-        distinct([torch.tanh(first) + 1, first])
+    second = torch.tanh(first) + 1
+    assert [id(feature) for feature in upstream([second * 3, second, first])] == [id(first)]
+
+
+def test_outputs_of_one_node_are_independent():
+    z, other = (nn.Parameter(torch.ones(4)) * 2).chunk(2)
+    assert len(upstream([z, other])) == 2
+    assert len(upstream([z, other.sin()])) == 2

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.sharing import CONSTRAINTS, Constraint, Encoders, OwnFeatures, ProximalStep, matching, penalty_of
 from tests.nets import conv, loader, mlp, network, three_tasks, trainer
+from tests.versions import TENSORS_ONLY
 
 NAMES = ("kind", "size", "shape")
 each_constraint = pytest.mark.parametrize("name", CONSTRAINTS)
@@ -256,7 +257,7 @@ def test_it_can_be_copied_and_a_resumed_run_goes_on_as_if_never_stopped(tmp_path
     first.fit(half, loader())
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = soft()
-    trainer(callbacks=[step], max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    trainer(callbacks=[step], max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt", **TENSORS_ONLY)
     assert torch.equal(network(resumed), network(whole))
 
 
@@ -281,7 +282,7 @@ def two_groups(groups):
     "step, options, text",
     [
         (ProximalStep(encoders="trunk"), {}, "`encoders` must name a part of the module, got 'trunk'"),
-        (ProximalStep(encoders="total_loss.val"), {}, "be an Encoders, a ModuleDict or a list of modules"),
+        (ProximalStep(encoders="balancer"), {}, "be an Encoders, a ModuleDict or a list of modules"),
         (ProximalStep(names=["9.weight"]), {}, "`names` must be among '0.weight'"),
         (ProximalStep(), {"optimizer": two_groups}, "one group of one optimizer holds for all tasks, got '0.weight'"),
     ],

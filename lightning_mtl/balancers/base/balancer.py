@@ -1,4 +1,4 @@
-"""What every balancer is: numbers in, numbers out, state in buffers and parameters."""
+"""What every balancer is: numbers in, numbers out, and what it remembers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_mtl.balancers.base.state import State
 from lightning_mtl.checks import (
     bad_argument,
     check_num_tasks,
@@ -26,11 +27,12 @@ def in_numpy(tasks: Tasks) -> Any:
     return tasks if isinstance(tasks, slice) else tasks.numpy()
 
 
-class Balancer(nn.Module):
+class Balancer(State):
     """A method that turns the losses or gradients of ``T`` tasks into ``T`` weights.
 
     It never sees a module, autograd, the trainer or a process group: what it is given is already reduced over
-    ranks. State lives in parameters and buffers of their final size, made in ``__init__``.
+    ranks. State is made in ``__init__`` in its final size, as parameters and by ``register_buffer``; see
+    :class:`State`.
 
     Args:
         num_tasks: ``T``.
@@ -40,8 +42,6 @@ class Balancer(nn.Module):
 
     #: Levels at which the method is defined.
     levels: ClassVar[tuple[str, ...]] = ("parameters", "features")
-    #: Buffers that get their size in the first step: they hold something per shared parameter.
-    growing: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Balancer(nn.Module):
         self.names, self._main = tuple(names), ()
         self._check_places()
         for name in self._settings:
-            self.get_buffer(name).copy_(self._setting_values(name))
+            getattr(self, name).copy_(self._setting_values(name))
 
     def bind_roles(self, main: Sequence[str]) -> None:
         """Learn which of the bound names are main tasks; none or all of them say nothing.
@@ -94,7 +94,7 @@ class Balancer(nn.Module):
     def _setting(
         self, name: str, given: object, default: float, low: float = -math.inf, high: float = math.inf
     ) -> None:
-        """An argument with one number per task, kept in the buffer ``name`` ``[T]``: a setting, not state."""
+        """An argument with one number per task, kept as ``name`` ``[T]``: a setting, not state."""
         self._settings[name] = (dict(given) if isinstance(given, Mapping) else given), default, low, high
         self.register_buffer(name, self._setting_values(name), persistent=False)
 
@@ -111,15 +111,6 @@ class Balancer(nn.Module):
             bound += "" if math.isinf(high) else f" and <= {high:g}"
             raise bad_argument(self, name, bound, values.tolist(), "Change the entry that is not")
         return values
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        # The size of these is known from the first step, or from a checkpoint, only.
-        for name in self.growing:
-            saved, own = state_dict.get(prefix + name), self._buffers[name]
-            if isinstance(saved, Tensor) and own is not None and saved.shape != own.shape:
-                # What is still empty has no dtype of its own yet: that of the rows.
-                self._buffers[name] = own.new_empty(saved.shape, dtype=own.dtype if own.numel() else saved.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def combine(self, rows: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """The update of the shared parameters, whatever the family of the method; counts as one step.
@@ -231,14 +222,3 @@ class Balancer(nn.Module):
                 "Give a number, a sequence in task order, or a mapping of task names",
                 type(error),
             ) from error
-
-    def _keep_buffers(self, before: dict[str, Tensor | None], *, on_cpu: bool) -> None:
-        """Undo casts (``precision="bf16-true"`` would ruin counters and moments) and, on demand, moves."""
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is None or new is None or old.is_meta:
-                continue
-            if on_cpu:
-                self._buffers[name] = old
-            elif new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,9 +17,11 @@ from lightning_mtl.checks import (
     check_gram,
     check_integer,
     check_losses,
+    check_number,
     check_present,
     check_rows,
 )
+from lightning_mtl.linalg import EXACT
 from lightning_mtl.linalg import gram as gram_of
 
 
@@ -30,11 +32,16 @@ def _plain(given: Tensor) -> Tensor:
     return given.detach().to("cpu", torch.float64)
 
 
+def _told(gram: Tensor) -> float:
+    """How exact rows are at best, of which only rounded products are known: a square tells its root."""
+    return math.sqrt(torch.finfo(gram.dtype).eps) if gram.is_floating_point() else EXACT
+
+
 class GramBalancer(Balancer):
     """A method that needs only the inner products of the task gradients (and the losses).
 
     The solve runs on the CPU in float64: it is a few numbers, and dozens of tiny kernels would cost a GPU more
-    than one transfer. So buffers stay on the CPU and keep their dtype whatever happens to the module.
+    than one transfer. So state stays on the CPU whatever happens to the module.
 
     Args:
         num_tasks: ``T``.
@@ -49,6 +56,7 @@ class GramBalancer(Balancer):
 
     step: Tensor
     last_weights: Tensor
+    state_on_cpu = True
     #: Where the gram is taken at level "parameters": all shared parameters, or the last shared layer only.
     gram_at: Literal["shared", "last_layer"] = "shared"
     #: Whether the method works on ``K`` groups of parameters apart: each parameter tensor, each layer, or all as one.
@@ -58,6 +66,8 @@ class GramBalancer(Balancer):
     #: Whether the method compares two independent halves of the batch: the gram is ``[2T, 2T]``, the rows of the first
     #: halves before those of the second, each half's loss a share of the task's loss.
     halves: ClassVar[bool] = False
+    #: How exact the rows behind the gram of this solve are, relatively; solvers take as met what is met within that.
+    resolution: float = EXACT
 
     def __init__(self, num_tasks: int, every_n_steps: int = 1) -> None:
         super().__init__(num_tasks)
@@ -103,11 +113,20 @@ class GramBalancer(Balancer):
         return int(self.step) % self.every_n_steps == 0
 
     @torch.no_grad()
-    def forward(self, gram: Tensor, losses: Tensor, present: Tensor | None = None) -> Tensor:
+    def forward(
+        self, gram: Tensor, losses: Tensor, present: Tensor | None = None, resolution: float | None = None
+    ) -> Tensor:
         """One step: check, drop absent tasks, solve. Final.
 
         A gram or loss that is not finite gives NaN weights and moves no state, so that a gradient scaler skips
         the step. An absent task gets weight 0 and its state does not move.
+
+        Args:
+            gram: of the rows, however exact the products themselves are.
+            losses: one per task.
+            present: which tasks have labels; by default all.
+            resolution: the relative rounding of the rows' numbers, in [0, 1]: ``torch.finfo(rows.dtype).eps``. By
+                default that of float64, or the root of the gram's own, if that is coarser.
 
         Shapes: gram ``[T, T]`` (``[2T, 2T]`` with halves, ``[K, T, T]`` in groups), losses ``[T]``, present bool
         ``[T]`` -> float64 ``[T]`` (``[K, T]``) on the CPU.
@@ -115,6 +134,11 @@ class GramBalancer(Balancer):
         check_gram(gram, self.num_tasks * (2 if self.halves else 1), self, grouped=self.grouped)
         check_losses(losses, self.num_tasks, self)
         self._check_bound()
+        if resolution is None:
+            resolution = EXACT if gram.dtype is torch.float64 else _told(gram)
+        if resolution != self.resolution:  # setting what a module has takes longer than some methods' whole solve
+            check_number(resolution, "resolution", self, low=0.0, high=1.0)
+            self.resolution = resolution
         gram, losses = _plain(gram), _plain(losses)
         tasks = ALL
         if present is not None:
@@ -157,38 +181,40 @@ class GramBalancer(Balancer):
         With halves, rows ``[2T, N]``.
         """
         check_rows(rows, self.num_tasks * (2 if self.halves else 1), self)
-        parts = rows.split(list(sizes or [rows.shape[1]]), dim=1)
+        # Parts that cancel would leave their rounding, in half precision.
+        wide = rows.float() if rows.dtype.itemsize < 4 else rows
+        parts = wide.split(list(sizes or [rows.shape[1]]), dim=1)
         if self.due:
-            gram = torch.stack([gram_of(part) for part in parts]) if self.grouped else gram_of(rows)
-            weights = self(gram, losses, present)
+            gram = torch.stack([gram_of(part) for part in parts]) if self.grouped else gram_of(wide)
+            weights = self(gram, losses, present, torch.finfo(rows.dtype).eps)
         else:
             weights = self.reuse(present)
         if self.halves:
             weights = weights.repeat(2)
-        weights = weights.to(rows.device, rows.dtype)
+        weights = weights.to(wide.device, wide.dtype)
         if not self.grouped:
-            return weights @ rows
-        return torch.cat([weight @ part for weight, part in zip(weights, parts, strict=True)])
+            return (weights @ wide).to(rows.dtype)
+        return torch.cat([weight @ part for weight, part in zip(weights, parts, strict=True)]).to(rows.dtype)
+
+    def rearrange(self, kept: Tensor) -> None:
+        if int(self.step):  # else the number of groups is not known yet
+            super().rearrange(kept)
+
+    def _fresh(self, name: str) -> float:
+        return float(name == "last_weights")
 
     def _grown(self, name: str, groups: int) -> Tensor:
-        """The buffer ``name``, ``[K, ...]``, with as many groups as this step has; made of zeros at the first."""
-        buffer = self._buffers[name]
-        assert buffer is not None
-        if len(buffer) != groups:
-            if bool(buffer.any()):
+        """The state ``name``, ``[K, ...]``, with as many groups as this step has; made of zeros at the first."""
+        known: Tensor = getattr(self, name)
+        if len(known) != groups:
+            if bool(known.any()):
                 raise bad_argument(
                     self,
                     "gram",
-                    f"have {len(buffer)} groups, as many as before",
+                    f"have {len(known)} groups, as many as before",
                     groups,
-                    "Do not freeze or unfreeze shared parameters in between, or build a new balancer then",
+                    "Call rearrange() where shared parameters are frozen or unfrozen, or build a new balancer then",
                 )
-            self._buffers[name] = buffer.new_zeros((groups, *buffer.shape[1:]))
-        grown: Tensor = getattr(self, name)
-        return grown
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GramBalancer:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        self._keep_buffers(before, on_cpu=True)
-        return self
+            known = known.new_zeros((groups, *known.shape[1:]))
+            setattr(self, name, known)
+        return known

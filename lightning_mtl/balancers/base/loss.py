@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -15,14 +14,14 @@ from lightning_mtl.checks import (
     check_present,
     check_rows,
 )
-from lightning_mtl.linalg import log_losses
+from lightning_mtl.linalg.logs import LEAST_LOSS, log_losses
 
 
 class LossBalancer(Balancer):
     """A method that needs the losses only: it is a scalar function of them, and one ordinary backward runs.
 
     Its weights are the partial derivatives of that function, so heads are weighted as the encoder is.
-    Buffers follow the module's device (unless ``state_on_cpu``) and keep their dtype.
+    State follows the losses' device (unless ``state_on_cpu``).
 
     State moves in the backward only: ``objective`` leaves it alone, ``observe`` moves it afterwards.
     """
@@ -31,8 +30,8 @@ class LossBalancer(Balancer):
     linear_in_losses: ClassVar[bool] = False
     #: Whether a loss of exactly 0 with zero gradient leaves objective and state alone.
     indifferent_to_absent: ClassVar[bool] = False
-    #: Whether buffers stay on the CPU, such as a counter that seeds a generator there.
-    state_on_cpu: ClassVar[bool] = False
+    #: Least loss above its bound, for those that take logarithms.
+    floor: Tensor
     _looked = False
 
     @abstractmethod
@@ -63,12 +62,13 @@ class LossBalancer(Balancer):
             losses = losses[tasks]
         if len(losses) == 0:
             return
-        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        before = {name: value.clone() for name, value in self.named_state() if name not in self._settings}
         self.observe(losses.detach(), tasks)
         # Not a branch, for which the host would have to wait.
         finite = torch.isfinite(losses).all()
-        for name, buffer in self.named_buffers():
-            buffer.copy_(torch.where(finite.to(buffer.device), buffer, before[name]))
+        for name, value in self.named_state():
+            if name in before:
+                value.copy_(torch.where(finite.to(value.device), value, before[name]))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """Check, drop absent tasks, and call :meth:`objective`. Final.
@@ -77,6 +77,8 @@ class LossBalancer(Balancer):
         """
         check_losses(losses, self.num_tasks, self)
         self._check_bound()
+        if not self.state_on_cpu:
+            self._move_state(losses.device)
         if present is None:
             return self.objective(losses)
         check_present(present, self.num_tasks, self)
@@ -103,18 +105,22 @@ class LossBalancer(Balancer):
         self.advance(losses, present)
         return weights @ rows
 
-    def _log_above(self, losses: Tensor, tasks: Tasks, bound: str) -> Tensor:
-        """The logarithms of the losses above the setting ``bound``, checked as in :func:`log_losses`.
+    def _set_floor(self, floor: object) -> None:
+        """The argument ``floor``."""
+        self._setting("floor", floor, LEAST_LOSS, low=LEAST_LOSS)
 
-        Shapes: losses ``[P]`` -> ``[P]`` in their dtype.
+    def _log_above(self, losses: Tensor, tasks: Tasks, bound: str) -> tuple[Tensor, Tensor]:
+        """The logarithms of the losses above the setting ``bound``, and who counts.
+
+        Not a task whose loss is exactly 0, or at its bound: there is no gradient there, and no logarithm; 0 stands for
+        it. Below the setting ``floor`` see :func:`log_losses`.
+
+        Shapes: losses ``[P]`` -> ``[P]`` in their dtype, bool ``[P]``.
         """
-        above = losses - self.get_buffer(bound)[tasks].to(losses.dtype)
-        logs = log_losses(above, self, bound, first=not self._looked)
+        above = losses - getattr(self, bound)[tasks].to(losses.dtype)
+        counts = (losses.detach() != 0) & (above.detach() != 0)
+        everybody = losses.device.type == "cpu" and bool(counts.all())
+        shown = above if everybody else torch.where(counts, above, 1)
+        logs = log_losses(shown, self, bound, self.floor[tasks].to(losses.dtype), first=not self._looked)
         self._looked = True
-        return logs
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossBalancer:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        self._keep_buffers(before, on_cpu=self.state_on_cpu)
-        return self
+        return (logs if everybody else torch.where(counts, logs, 0)), counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -21,8 +20,8 @@ from lightning_mtl.checks import (
 class RowBalancer(Balancer):
     """A method that needs the task gradients themselves: it looks at single coordinates, or keeps a memory of rows.
 
-    Every process gets the rows averaged over all of them. Buffers follow the module's device and keep their dtype;
-    those that hold something per parameter get their size in the first step (or from a checkpoint).
+    Every process gets the rows averaged over all of them. State follows the module's device; what holds something per
+    parameter, ``[T, N]``, gets its size in the first step (or from a checkpoint).
 
     State: ``step`` counts the updates that were finite, ``last_weights`` ``[T]`` are the weights behind the last one,
     NaN for a method that has none.
@@ -31,6 +30,7 @@ class RowBalancer(Balancer):
     step: Tensor
     last_weights: Tensor
     levels: ClassVar[tuple[str, ...]] = ("parameters",)
+    grows_along = 1
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__(num_tasks)
@@ -79,26 +79,18 @@ class RowBalancer(Balancer):
         return result
 
     def _grown(self, name: str, rows: Tensor) -> Tensor:
-        """The buffer ``name``, ``[T, N]``, made of zeros at the first step."""
-        buffer = self._buffers[name]
-        assert buffer is not None
-        if buffer.shape[1] != rows.shape[1]:
-            if buffer.shape[1]:
+        """The state ``name``, ``[T, N]``, made of zeros at the first step."""
+        known: Tensor = getattr(self, name)
+        if known.shape[1] != rows.shape[1]:
+            if known.shape[1]:
                 raise bad_argument(
                     self,
                     "rows",
-                    f"have {buffer.shape[1]} columns, as many as before",
+                    f"have {known.shape[1]} columns, as many as before",
                     rows.shape[1],
-                    "Do not freeze or unfreeze shared parameters in between, or build a new balancer then",
+                    "Call rearrange() where shared parameters are frozen or unfrozen, or build a new balancer then",
                 )
-            self._buffers[name] = rows.new_zeros((self.num_tasks, rows.shape[1]))
-        elif buffer.dtype != rows.dtype:
-            self._buffers[name] = buffer.to(rows.dtype)
-        grown: Tensor = getattr(self, name)
-        return grown
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowBalancer:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        self._keep_buffers(before, on_cpu=False)
-        return self
+            known = rows.new_zeros((self.num_tasks, rows.shape[1]))
+        known = known.to(rows.dtype)
+        setattr(self, name, known)
+        return known

@@ -20,20 +20,23 @@ class TaskGradients(ABC):
 
     Attributes:
         inputs: what the combination is for; the autograd node hands it there, before the private parameters.
+        resolution: the relative rounding of the numbers behind the gram, once that is taken.
     """
 
     inputs: list[Tensor]
+    resolution: float
 
     def __init__(self, step: Step, balancer: GramBalancer | RowBalancer) -> None:
         self.step, self.balancer = step, balancer
 
     @abstractmethod
-    def take(self, scale: Tensor, *, apart: bool) -> list[Grads]:
+    def take(self, scale: Tensor, *, apart: bool, keep: bool) -> list[Grads]:
         """Differentiate the losses, each times ``scale``.
 
         Args:
             scale: the factor in the gradients, ``[]``.
             apart: whether the gradients of private parameters are needed per task.
+            keep: whether the graph must survive, for a term beside the losses.
 
         Returns: gradients of ``step.private``, per loss; a single entry, their sum, if not asked apart.
         """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.engine.collectives import parts_gram
-from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, zeros_for
+from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, real, resolution, zeros_for
 from lightning_mtl.engine.gradients.base import TaskGradients
 from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.types import Step
@@ -32,12 +32,15 @@ class Features(TaskGradients):
         self.outer = len(tensors) == len(roots)
         self.inputs = [*(tensors if self.outer else step.shared), *step.shared_heads]
 
-    def take(self, scale: Tensor, *, apart: bool) -> list[Grads]:
-        self.heads = head_grads(self.step, scale, apart=apart)
+    def take(self, scale: Tensor, *, apart: bool, keep: bool) -> list[Grads]:
+        self.keep = keep
+        self.heads = head_grads(self.step, scale, apart=apart, keep=keep)
         return self.heads.private
 
     def gram(self) -> Tensor:
-        return parts_gram(self.parts(), disjoint=True)
+        rows = [[real(grad) for grad in row] for row in self.parts()]
+        self.resolution = resolution(grad.dtype for grad in rows[0])
+        return parts_gram(rows, disjoint=True)
 
     def parts(self) -> list[list[Tensor]]:
         """Per task the gradients of its features, zeros where it does not read one."""
@@ -57,5 +60,5 @@ class Features(TaskGradients):
                 for factor, grads in zip(factors, heads.roots, strict=True)
                 for grad in grads
             ]
-        back = seeds if self.outer else grad_of(self.roots, self.step.shared, seeds, keep=False)
+        back = seeds if self.outer else grad_of(self.roots, self.step.shared, seeds, keep=self.keep)
         return [*back, *add_up(heads.shared_heads, factors)]

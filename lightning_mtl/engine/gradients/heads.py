@@ -28,13 +28,14 @@ class HeadGrads:
     private: list[Grads]
 
 
-def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
+def head_grads(step: Step, scale: Tensor, *, apart: bool, keep: bool) -> HeadGrads:
     """Differentiate the losses with respect to what the heads read and own.
 
     Args:
         step: its losses; with leaves, and nothing asked apart, one backward serves all tasks.
         scale: factor of every gradient (a loss scale, so that half-precision gradients do not underflow).
         apart: whether private gradients are needed per task.
+        keep: whether the heads' graph must survive.
 
     Only nodes between the losses and the roots run, so the encoder's graph survives.
     Raises: ``ValueError`` if heads that read leaves reach what lies behind the roots by another way: that gradient
@@ -49,14 +50,14 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool) -> HeadGrads:
     behind = [] if step.leaves is None else [parameter for parameter in step.shared if id(parameter) not in own]
     if own_leaves and not apart and not step.shared_heads:
         inputs = [*(leaf for leaves in roots for leaf in leaves), *step.private]
-        grads = _only_through_leaves(step.losses, inputs, behind, seeds, keep=False)
+        grads = _only_through_leaves(step.losses, inputs, behind, seeds, keep=keep)
         ends = [sum(width[:task]) for task in range(len(width) + 1)]
         return HeadGrads([grads[begin:end] for begin, end in pairwise(ends)], [[] for _ in roots], [grads[ends[-1] :]])
     result = HeadGrads([], [], [])
     num = len(step.losses)
     for task, (loss, seed) in enumerate(zip(step.losses, seeds, strict=True)):
         inputs = [*roots[task], *step.shared_heads, *step.private]
-        grads = _only_through_leaves([loss], inputs, behind, [seed], keep=task < num - 1)
+        grads = _only_through_leaves([loss], inputs, behind, [seed], keep=keep or task < num - 1)
         middle = width[task] + len(step.shared_heads)
         result.roots.append(grads[: width[task]])
         result.shared_heads.append(grads[width[task] : middle])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from itertools import groupby
+from collections.abc import Mapping
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch import Tensor
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import RowExchange, parts_gram
-from lightning_mtl.engine.differentiate import Grads, grad_of, zeros_for
+from lightning_mtl.engine.differentiate import Grads, grad_of, resolution, zeros_for
 from lightning_mtl.engine.gradients.base import TaskGradients
-from lightning_mtl.engine.gradients.heads import head_grads
+from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.engine.gradients.last_layer import layer_of
+from lightning_mtl.engine.gradients.layout import Layout
 from lightning_mtl.types import Step
 
 
@@ -28,48 +28,54 @@ class Stored(TaskGradients):
     def __init__(self, step: Step, balancer: GramBalancer | RowBalancer) -> None:
         super().__init__(step, balancer)
         self.inputs = [*step.shared, *step.shared_heads]
-        self.sizes = _sizes(step, balancer)
+        self.layout = Layout(self.inputs)
+        self.resolution = resolution(parameter.dtype for parameter in self.inputs)
+        groups = _groups(step, balancer, self.layout.sizes)
+        self.groups = None if groups is None else list(groups.values())
+        columns = zip(map(id, self.inputs), self.layout.sizes, strict=True)
+        _follow(balancer, dict(columns) if groups is None else dict.fromkeys(groups, 1))
         at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and balancer.due
         self.layer = layer_of(step, balancer) if at_layer else None
 
-    def take(self, scale: Tensor, *, apart: bool) -> list[Grads]:
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in self.inputs))
-        size, like = sum(tensor.numel() for tensor in self.inputs), self.inputs[0].new_empty(0, dtype=dtype)
+    def take(self, scale: Tensor, *, apart: bool, keep: bool) -> list[Grads]:
+        like = self.inputs[0].new_empty(0, dtype=self.layout.dtype)
         whole = isinstance(self.balancer, RowBalancer)
-        self.exchange = RowExchange(len(self.step.losses), size, like, whole=whole)
-        return self._from_losses(scale) if self.step.roots is None else self._from_roots(scale, apart)
+        self.exchange = RowExchange(len(self.step.losses), self.layout.size, like, whole=whole)
+        if self.step.roots is None:
+            return self._from_losses(scale, keep)
+        return self._from_roots(scale, head_grads(self.step, scale, apart=apart, keep=keep), keep)
 
-    def _from_roots(self, scale: Tensor, apart: bool) -> list[Grads]:
+    def _from_roots(self, scale: Tensor, heads: HeadGrads, keep: bool) -> list[Grads]:
         # The same number of encoder backwards in the same order on every rank, zeros for a task without labels:
         # synchronised batch norm holds collectives.
-        step, heads = self.step, head_grads(self.step, scale, apart=apart)
+        step = self.step
         assert step.roots is not None
         for task, roots in enumerate(step.roots):
             seeds = [zeros_for(r) if grad is None else grad for r, grad in zip(roots, heads.roots[task], strict=True)]
             # With one loader per task each task has an encoder graph of its own, used once.
-            keep = any(later is roots for later in step.roots[task + 1 :])
-            self._send(task, [*grad_of(roots, step.shared, seeds, keep=keep), *heads.shared_heads[task]])
+            again = any(later is roots for later in step.roots[task + 1 :])
+            self._send(task, [*grad_of(roots, step.shared, seeds, keep=keep or again), *heads.shared_heads[task]])
         return heads.private
 
-    def _from_losses(self, scale: Tensor) -> list[Grads]:
+    def _from_losses(self, scale: Tensor, keep: bool) -> list[Grads]:
         step, num, private = self.step, len(self.inputs), []
         for task, loss in enumerate(step.losses):
-            keep = task < len(step.losses) - 1
-            grads = grad_of([loss], [*self.inputs, *step.private], [scale.to(loss)], keep=keep)
+            again = task < len(step.losses) - 1
+            grads = grad_of([loss], [*self.inputs, *step.private], [scale.to(loss)], keep=keep or again)
             self._send(task, grads[:num])
             private.append(grads[num:])
         return private
 
     def _send(self, task: int, grads: Grads) -> None:
-        fill(self.exchange[task], grads, self.inputs)
+        self.layout.fill(self.exchange[task], grads)
         self.exchange.send(task)
 
     def gram(self) -> Tensor:
         if self.layer is None:
-            return self.exchange.local_gram() if self.sizes is None else self.exchange.local_grams(self.sizes)
+            return self.exchange.local_gram() if self.groups is None else self.exchange.local_grams(self.groups)
         self.exchange.wait()
         layer = {id(parameter) for parameter in self.layer}
-        rows = [unflatten(self.exchange[task], self.inputs) for task in range(len(self.step.losses))]
+        rows = [self.exchange[task].split(self.layout.sizes) for task in range(len(self.step.losses))]
         at = [place for place, parameter in enumerate(self.inputs) if id(parameter) in layer]
         return parts_gram([[row[place] for place in at] for row in rows], disjoint=False)
 
@@ -78,7 +84,7 @@ class Stored(TaskGradients):
         rows = self.exchange.rows[:, : self.exchange.size]
         wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         factors = weights.view(-1, weights.shape[-1]).repeat(1, len(rows) // weights.shape[-1]).to(wide)
-        parts = wide.split(self.sizes or [self.exchange.size], dim=1)
+        parts = wide.split(self.groups or [self.exchange.size], dim=1)
         updates = [torch.mv(part.T, factor) for part, factor in zip(parts, factors, strict=True)]
         update = updates[0] if len(updates) == 1 else torch.cat(updates)
         return self.spread(update.to(rows.dtype))
@@ -88,37 +94,25 @@ class Stored(TaskGradients):
         return self.exchange.mean_rows(scale)
 
     def spread(self, update: Tensor) -> Grads:
-        """An update ``[N]`` as one gradient per entry of ``inputs``."""
-        return list(unflatten(update, self.inputs))
+        """An update ``[N]`` as one gradient per entry of ``inputs``; ``None`` where no task reached it.
+
+        A balancer that remembers gradients may move what this step did not reach.
+        """
+        grads: Grads = list(self.layout.gradients(update))
+        for place, reached in enumerate(self.layout.reached):
+            if not reached and (not self.balancer.growing or not bool(grads[place].any())):  # type: ignore[union-attr]
+                grads[place] = None
+        return grads
 
 
-def fill(row: Tensor, grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
-    """Flatten gradients into a row ``[N]``; 0 where there is none."""
-    views = row.split([tensor.numel() for tensor in like])
-    pairs = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
-    for view, grad in zip(views, grads, strict=True):
-        if grad is None:
-            view.zero_()
-    if pairs:
-        dense = [grad.to_dense() if grad.is_sparse else grad for _, grad in pairs]
-        torch._foreach_copy_([view for view, _ in pairs], [grad.reshape(-1) for grad in dense])
-
-
-def unflatten(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a row ``[N]`` in the shapes of the parameters."""
-    parts = row.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _sizes(step: Step, balancer: GramBalancer | RowBalancer) -> list[int] | None:
-    """The widths of the groups of parameters on which a balancer works apart; ``None`` if it does not."""
+def _groups(step: Step, balancer: GramBalancer | RowBalancer, sizes: list[int]) -> dict[object, int] | None:
+    """The groups of parameters on which a balancer works apart, each with its width; ``None`` if it does not."""
     if not isinstance(balancer, GramBalancer) or not balancer.grouped:
         return None
-    sizes = [tensor.numel() for tensor in (*step.shared, *step.shared_heads)]
     if balancer.granularity == "whole":
-        return [sum(sizes)]
+        return {0: sum(sizes)}
     if balancer.granularity == "tensor":
-        return sizes
+        return {id(parameter): size for parameter, size in zip((*step.shared, *step.shared_heads), sizes, strict=True)}
     if step.layers is None:
         raise bad_argument(
             balancer,
@@ -127,5 +121,30 @@ def _sizes(step: Step, balancer: GramBalancer | RowBalancer) -> list[int] | None
             "'layer'",
             "Change it, or use Balanced or MultiTaskModule",
         )
-    pairs = groupby(zip(step.layers, sizes, strict=True), key=lambda pair: pair[0])
-    return [sum(size for _, size in members) for _, members in pairs]
+    found: dict[object, int] = {}
+    for layer, members in groupby(zip(step.layers, sizes, strict=True), key=lambda pair: pair[0]):
+        # A layer whose parameters do not stand side by side is several groups.
+        found[layer, sum(key[0] == layer for key in found)] = sum(size for _, size in members)  # type: ignore[index]
+    return found
+
+
+def _follow(balancer: GramBalancer | RowBalancer, places: Mapping[object, int]) -> None:
+    """Tell a balancer that remembers something per parameter which of them are where, if that has changed.
+
+    Args:
+        balancer: any.
+        places: key of each parameter, or group of them -> how many columns, or groups, it is, in their order.
+    """
+    if not balancer.growing:
+        return
+    before: Mapping[object, int] | None = getattr(balancer, "_places", None)
+    balancer._places = places  # type: ignore[assignment]
+    # Of a copy, or after a resume, the parameters are others, in the same order.
+    if before is None or before == places or not before.keys() & places.keys():
+        return
+    starts = dict(zip(before, accumulate(before.values(), initial=0), strict=False))
+    kept = [
+        torch.arange(starts[key], starts[key] + size) if before.get(key) == size else torch.full((size,), -1)
+        for key, size in places.items()
+    ]
+    balancer.rearrange(torch.cat(kept))

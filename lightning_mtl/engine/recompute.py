@@ -1,0 +1,39 @@
+"""Activations that are computed again in the backward: once per task, but a module may count them only once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+@contextmanager
+def forwards_leave_no_trace() -> Iterator[None]:
+    """Undo what modules write into their buffers, such as the running statistics of batch norm.
+
+    Checkpointed activations run their modules again in every backward over them. Within this context those runs leave
+    buffers as they were, so that the forward of the step has counted once, however many tasks there are.
+    """
+    before: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def save(module: nn.Module, args: Any) -> None:
+        buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+        if buffers and module.training and module not in before:
+            before[module] = [(buffer, buffer.clone()) for buffer in buffers]
+
+    def restore(module: nn.Module, args: Any, output: Any) -> None:
+        with torch.no_grad():
+            for buffer, saved in before.pop(module, ()):
+                # Through .data: the graph has saved the buffer, and a counted write would forbid the next backward.
+                buffer.data.copy_(saved)
+
+    hooks = register_module_forward_pre_hook(save), register_module_forward_hook(restore, always_call=True)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
