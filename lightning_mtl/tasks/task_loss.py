@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_mtl.checks import bad_argument, check_head, check_tensor, shape
+from lightning_mtl.checks import bad_argument, check_head, check_tensor, shape, warn_once
 from lightning_mtl.tasks.entries import filled, is_empty, num_samples, readable, spread, weighted_mean, zero_of
 
 Loss = Callable[[Any, Any], Tensor]
@@ -67,7 +66,7 @@ class TaskLoss(nn.Module):
                 "Say how the target marks a gap",
             )
         self.head, self.loss, self.missing, self.mask = head, loss, missing, mask
-        self._unchecked, self._said_constant = True, False
+        self._unchecked = True
 
     @property
     def partial(self) -> bool:
@@ -167,14 +166,11 @@ class TaskLoss(nn.Module):
 
     def say_constant(self, name: str) -> None:
         """Warn, once, that the loss of a training batch has no gradient."""
-        if not self._said_constant:
-            warnings.warn(
-                f"{type(self).__name__}: the loss of '{name}' has no gradient in this batch (a number, or a constant "
-                "tensor), so the task is left out of the step. If it should train, remove detach(), no_grad() or "
-                "item() from its head and its loss. Said once.",
-                stacklevel=2,
-            )
-        self._said_constant = True
+        warn_once(
+            self,
+            f"The loss of '{name}' has no gradient in this batch (a number, or a constant tensor), so the task is left "
+            "out of the step. If it should train, remove detach(), no_grad() or item() from its head and its loss.",
+        )
 
     def _check_values(self, target: Any, name: str) -> None:
         """Refuse values that the loss cannot take. In place of a missing label stands another one."""
