@@ -12,6 +12,7 @@ from torch import nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
 from lightning_mtl import MultiTaskModule
+from lightning_mtl.sharing import Encoders, OwnFeatures
 from lightning_mtl.tasks import MultiLabelTask, RegressionTask, TaskRegistry
 from lightning_mtl.tasks.names import key_of, name_of
 from tests.nets import WIDTH, mlp, sgd
@@ -22,6 +23,8 @@ HARD = [
     "\n",
 ]  # fmt: skip
 PLAIN = ["kind", "0", "left-digit", "Straße", "5_o_Clock_Shadow", "_x", "logP (o/w)", "a b", "a/b"]
+
+OWN = {"type": "of type", "a/b": "a/b"}
 
 
 def task(**options) -> RegressionTask:
@@ -134,3 +137,11 @@ def test_batches_errors_and_predictions_have_the_users_names(balancer):
     other = MultiTaskModule(mlp(), {name: task() for name in HARD}, balancer, optimizer=sgd)
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(other(x)["type"], model(x)["type"])
+
+
+def test_an_encoder_of_its_own_need_not_have_the_tasks_name():
+    encoders = Encoders({"of type": mlp(), "a/b": mlp()})
+    tasks = {name: RegressionTask(OwnFeatures(key, nn.Linear(WIDTH, 1))) for name, key in OWN.items()}
+    model = MultiTaskModule(encoders, tasks, optimizer=sgd)
+    x = torch.randn(4, 8)
+    assert torch.equal(model(x)["type"], tasks["type"].head.head(encoders["of type"](x)))
