@@ -49,7 +49,8 @@ def keep_ratio(scheduler: Scheduler, optimizer: Optimizer, group: dict[str, Any]
         return
     for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
         group[key] = group[key] * BALANCER_RATE
-    for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
-        for rates in (getattr(part, name, None) for name in ("base_lrs", "max_lrs", "_last_lr")):
-            if isinstance(rates, list):
-                rates[place] = rates[place] * BALANCER_RATE
+    parts = [scheduler, *getattr(scheduler, "_schedulers", [])]
+    lists = [getattr(part, name, None) for part in parts for name in ("base_lrs", "max_lrs", "_last_lr")]
+    for rates in {id(rates): rates for rates in lists if isinstance(rates, list)}.values():
+        if rates[place] == rates[0]:
+            rates[place] = rates[place] * BALANCER_RATE
