@@ -119,6 +119,12 @@ def test_the_model_sees_the_schedule_that_was_asked_for():
             each.step()
 
 
+def test_the_balancer_may_stand_first():
+    optimizer, _ = made(lambda groups: SGD([groups[1], groups[0]], lr=LR), KEEP["OneCycleLR"])
+    own, model = rates(optimizer)
+    assert own == pytest.approx(10 * model)
+
+
 def test_rates_per_group_given_to_a_scheduler_hold():
     optimizer, scheduler = made(
         lambda groups: SGD(groups, lr=LR), lambda o: schedulers.OneCycleLR(o, max_lr=[0.1, 0.3], total_steps=10)
