@@ -34,8 +34,8 @@ def give_own_rate(optimizer: Optimizer, learned: Sequence[Tensor]) -> dict[str, 
     """
     known = {id(parameter) for parameter in learned}
     for group in optimizer.param_groups:
-        apart = known and {id(parameter) for parameter in group["params"]} <= known
-        if apart and group.get("lr") is not None and group["lr"] == optimizer.defaults.get("lr"):
+        own = {id(parameter) for parameter in group["params"]}
+        if own and own <= known and group.get("lr") is not None and group["lr"] == optimizer.defaults.get("lr"):
             group["lr"] = group["lr"] * BALANCER_RATE
             return group
     return None
@@ -44,12 +44,14 @@ def give_own_rate(optimizer: Optimizer, learned: Sequence[Tensor]) -> dict[str, 
 def keep_ratio(scheduler: Scheduler, optimizer: Optimizer, group: dict[str, Any]) -> None:
     """Where a scheduler has set one rate for all groups (OneCycleLR, CyclicLR), restore the ratio of this one."""
     place = next(n for n, each in enumerate(optimizer.param_groups) if each is group)
-    common = optimizer.param_groups[0].get("initial_lr")
-    if place == 0 or common is None or group.get("initial_lr") != common:
+    other = 0 if place else 1
+    common = optimizer.param_groups[other].get("initial_lr") if len(optimizer.param_groups) > 1 else None
+    if common is None or group.get("initial_lr") != common:
         return
     for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
         group[key] = group[key] * BALANCER_RATE
-    for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
-        for rates in (getattr(part, name, None) for name in ("base_lrs", "max_lrs", "_last_lr")):
-            if isinstance(rates, list):
-                rates[place] = rates[place] * BALANCER_RATE
+    parts = [scheduler, *getattr(scheduler, "_schedulers", [])]
+    lists = [getattr(part, name, None) for part in parts for name in ("base_lrs", "max_lrs", "_last_lr")]
+    for rates in {id(rates): rates for rates in lists if isinstance(rates, list)}.values():
+        if rates[place] == rates[other]:
+            rates[place] = rates[place] * BALANCER_RATE

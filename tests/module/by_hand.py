@@ -36,10 +36,11 @@ def assert_update(model: nn.Module, losses: Sequence[Tensor], shared: Sequence[n
     """After a backward: the shared parameters hold PCGrad's update of these losses, the others their own gradients."""
     assert conflict(losses, shared)
     for parameter, wanted in zip(shared, pcgrad(losses, shared), strict=True):
-        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     known = {id(p) for p in shared}
     others = [p for p in model.parameters() if id(p) not in known]
-    plain = torch.autograd.grad(sum(losses), others, retain_graph=True, allow_unused=True)
+    plain = torch.autograd.grad(sum(losses), others, retain_graph=True, allow_unused=True) if others else ()
     for parameter, grad in zip(others, plain, strict=True):
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(found, torch.zeros_like(parameter) if grad is None else grad, rtol=1e-4, atol=1e-6)
