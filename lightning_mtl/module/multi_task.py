@@ -280,11 +280,12 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         if not self._takes_gradients():
             return self._step(losses, present, Owned())
         owned = self._owned()
-        if owned.tied:
-            if self.level == "parameters":
-                # The way into the encoder past the features must count too: whole backwards from each loss.
-                return self._step(losses, present, owned)
-            owned.private = [*owned.private, *owned.tied]
+        if owned.tied and self.level == "parameters":
+            # The way into the encoder past the features must count too: whole backwards from each loss.
+            return self._step(losses, present, owned)
+        if self.level == "features":
+            # There is nothing to compare in what comes after the features.
+            owned.shared_heads, owned.private = [], [*owned.shared_heads, *owned.private, *owned.tied]
         found, parts = [results.get(name) for name in self.task_names], len(losses) // len(self.task_names)
         if self.level == "parameters":
             # Refuses a reentrant checkpoint, through which no row can be taken.
