@@ -249,7 +249,9 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         if any(result is not None and result.roots is None for result in found):
             # A gradient has ways past the features too: whole backwards from each loss.
             return self._step(losses, present, owned)
-        owned.private = [*owned.private, *owned.tied]
+        if self.level == "features":
+            # There is nothing to compare in what comes after the features.
+            owned.shared_heads, owned.private = [], [*owned.shared_heads, *owned.private, *owned.tied]
         roots = [[] if result is None or result.roots is None else result.roots for result in found]
         leaves = None
         if any(result is not None and result.leaves is not None for result in found):

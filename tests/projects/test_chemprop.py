@@ -49,9 +49,7 @@ def test_gradients_are_those_by_hand():
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters()], strict=True)
     graph, v_d, x_d, targets, *_ = batch
     predictions = model.predictor.train_step(model.fingerprint(graph, v_d, x_d))
-    losses = [
-        (predictions[:, t] - targets[:, t])[targets[:, t].isfinite()].square().mean() for t in range(len(TASKS))
-    ]
+    losses = [(predictions[:, t] - targets[:, t])[targets[:, t].isfinite()].square().mean() for t in range(len(TASKS))]
     grads = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
     rows = [torch.cat([g.flatten() for g in task]).double() for task in grads]
     _, weights = oracles.pcgrad(rows, model.balancer._orders(2).tolist())
