@@ -21,8 +21,8 @@ from lightning_mtl.checks import (
     check_present,
     check_rows,
 )
-from lightning_mtl.linalg import EXACT
 from lightning_mtl.linalg import gram as gram_of
+from lightning_mtl.linalg.unit import EXACT
 
 
 def _plain(given: Tensor) -> Tensor:
