@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_mtl.engine import boundary as boundary
     from lightning_mtl.module import Balanced as Balanced
     from lightning_mtl.module import MultiTaskModule as MultiTaskModule
+    from lightning_mtl.module import to_plain_checkpoint as to_plain_checkpoint
     from lightning_mtl.tasks import Task as Task
     from lightning_mtl.tasks import TaskRegistry as TaskRegistry
     from lightning_mtl.types import Balance as Balance
@@ -29,6 +30,7 @@ _HOMES = {
     "allow_several_backwards": "engine",
     "backward": "engine",
     "boundary": "engine",
+    "to_plain_checkpoint": "module",
 }
 __all__ = sorted(_HOMES)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
+from lightning_mtl.balancers.base import GramBalancer, LossBalancer
+from lightning_mtl.balancers.registry import BalancerSpec
 from lightning_mtl.checks import bad_argument, check_choice, listed, shape
 from lightning_mtl.engine import (
     Owned,
@@ -27,13 +28,13 @@ from lightning_mtl.engine import (
 from lightning_mtl.metrics.total_loss import TotalLoss
 from lightning_mtl.module.balanced import Balanced
 from lightning_mtl.module.batches import Group, groups_of, num_samples, task_of_loader
+from lightning_mtl.module.core import core_of
 from lightning_mtl.module.results import TaskResult, halved_loss, trains
 from lightning_mtl.tasks import LabelTask, Task, TaskRegistry
 from lightning_mtl.types import Step
 
 OptimizerFn = Callable[[Iterable], Optimizer]
 SchedulerFn = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-BalancerOrName = Callable[[int], Balancer] | Balancer | str | dict[str, Any]
 
 
 class MultiTaskModule(Balanced, pl.LightningModule):
@@ -78,7 +79,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         self,
         encoder: nn.Module,
         tasks: Mapping[str, Task],
-        balancer: BalancerOrName = "fixed",
+        balancer: BalancerSpec = "fixed",
         level: str = "parameters",
         optimizer: OptimizerFn | None = None,
         lr_scheduler: SchedulerFn | None = None,
@@ -117,11 +118,10 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             raise bad_argument(
                 self, "last_layer", "be a module inside the encoder", repr(last_layer), "Pass it or its name"
             )
-        object.__setattr__(self, "last_layer", last_layer)
+        core_of(self).last_layer, core_of(self).registry = last_layer, registry
         if type(self) is MultiTaskModule:
             # A subclass has arguments of its own, and says itself which to save.
-            plain = {"balancer": balancer} if isinstance(balancer, str | dict) else {}
-            self.save_hyperparameters({"level": level} | plain)
+            self.save_hyperparameters({"level": level, "balancer": core_of(self).arguments["balancer"]})
 
     def forward(self, inputs: Any) -> dict[str, Any]:
         """The output of every head: inputs of ``B`` samples -> task name -> output."""
@@ -131,14 +131,14 @@ class MultiTaskModule(Balanced, pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The balanced loss of a batch; its value is the objective, or the plain sum of the losses."""
         cut = not isinstance(self.balancer, LossBalancer) and torch.is_grad_enabled()
-        cut = cut and (self.level == "features" or not self._owned().tied)
+        cut = cut and (core_of(self).level == "features" or not self._owned().tied)
         halved = isinstance(self.balancer, GramBalancer) and self.balancer.halves and torch.is_grad_enabled()
         results = self._run(batch, cut=cut, halved=halved)
         losses, present = self._global_losses(results, 2 if halved else 1)
-        num = len(self.task_names)
+        num = len(core_of(self).names)
         whole = [a + b for a, b in zip(losses[:num], losses[num:], strict=True)] if halved else losses
         self._log_training(results, whole, present)
-        return self._balanced(self._declared_step(results, losses, present))
+        return core_of(self).loss(self._declared_step(results, losses, present))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log losses and metrics under ``val/``."""
@@ -159,7 +159,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: the model's trainable parameters, and the balancer's without decay."""
-        groups: list[dict[str, Any]] = [{"params": list(self.own_parameters())}]
+        mine = [parameter for parameter in core_of(self).registered() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": mine}]
         learned = [p for p in self.balancer.parameters() if p.requires_grad]
         return [*groups, {"params": learned, "weight_decay": 0.0}] if learned else groups
 
@@ -172,25 +173,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         scheduler = {"scheduler": self._scheduler_fn(optimizer), "interval": self._lr_interval, "monitor": "val/loss"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def setup(self, stage: str) -> None:
-        """Check that the tasks are those that the balancer was built for."""
-        if self.tasks.names != self.task_names:
-            raise bad_argument(
-                self,
-                "tasks",
-                f"still be {list(self.task_names)}, for which the balancer was built",
-                list(self.tasks.names),
-                "Add and remove tasks before building the module",
-            )
-        super().setup(stage)
-
     def _run(
         self, batch: Any, *, cut: bool = False, halved: bool = False, dataloader: str | None = None
     ) -> dict[str, TaskResult]:
         results: dict[str, TaskResult] = {}
         for group in groups_of(batch, self.tasks, self.input_key, self.strict_targets, self, dataloader):
             results.update(self._run_group(group, cut, halved))
-        return {name: results[name] for name in self.task_names if name in results}
+        return {name: results[name] for name in core_of(self).names if name in results}
 
     def _run_group(self, group: Group, cut: bool, halved: bool) -> dict[str, TaskResult]:
         features = self.encoder(group.inputs)
@@ -239,7 +228,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             results[name] = TaskResult(loss, means, counts, output, target, mask, roots, leaves)
         if cut:
             # Here by name; another step may take another way, so every backward looks again.
-            self._remembered("only features", lambda: self._check_only_features(results))
+            core_of(self).remembered("only features", lambda: self._check_only_features(results))
         return results
 
     def _check_only_features(self, results: dict[str, TaskResult]) -> None:
@@ -262,8 +251,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
         In parts, first the share of each task's first part, then that of its second.
         """
-        found = [results.get(name) for name in self.task_names]
-        means = [(self._absent_loss(self.device),) * parts if r is None else r.means for r in found]
+        found = [results.get(name) for name in core_of(self).names]
+        means = [(core_of(self).absent_loss(self.device),) * parts if r is None else r.means for r in found]
         counts = [(0,) * parts if r is None else tuple(1 if c is None else c for c in r.counts) for r in found]
         losses = [mean for part in zip(*means, strict=True) for mean in part]
         labels = [count for part in zip(*counts, strict=True) for count in part]
@@ -277,27 +266,29 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         return to_global(losses, labels)
 
     def _declared_step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
-        if not self._takes_gradients():
-            return self._step(losses, present, Owned())
+        if not core_of(self).takes_gradients():
+            return core_of(self).step(losses, present, Owned())
         owned = self._owned()
         if owned.tied:
-            if self.level == "parameters":
+            if core_of(self).level == "parameters":
                 # The way into the encoder past the features must count too: whole backwards from each loss.
-                return self._step(losses, present, owned)
+                return core_of(self).step(losses, present, owned)
             owned.private = [*owned.private, *owned.tied]
-        found, parts = [results.get(name) for name in self.task_names], len(losses) // len(self.task_names)
-        if self.level == "parameters":
+        found, parts = [results.get(name) for name in core_of(self).names], len(losses) // len(core_of(self).names)
+        if core_of(self).level == "parameters":
             # Refuses a reentrant checkpoint, through which no row can be taken.
-            self._remembered("walked", lambda: reached([root for r in results.values() for root in r.roots], self))
+            core_of(self).remembered(
+                "walked", lambda: reached([root for r in results.values() for root in r.roots], self)
+            )
         roots: list[list[Tensor]] = [[] if result is None else result.roots for result in found]
         leaves = None
         if any(result is not None and result.leaves is not None for result in found):
             leaves = parts * [[] if result is None or result.leaves is None else result.leaves for result in found]
-        return self._step(losses, present, owned, roots=roots * parts, leaves=leaves)
+        return core_of(self).step(losses, present, owned, roots=roots * parts, leaves=leaves)
 
     def _owned(self) -> Owned:
         """Who owns the trainable parameters now."""
-        every = self._remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, self._all_own()))
+        every = core_of(self).remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, core_of(self).own()))
         lists = (every.shared, every.shared_heads, every.private, every.tied)
         shared, heads, private, tied = ([p for p in parameters if p.requires_grad] for parameters in lists)
         return Owned(shared, heads, private, tied)
@@ -321,7 +312,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             metrics = self.tasks[task].update_metrics(stage, result.output, result.target, task, result.mask)
             for key, metric in metrics.items():
                 self._log_now(f"{stage}/{task}/{key}", metric, size)
-            total.update(self.task_names.index(task), result.loss, size)
+            total.update(core_of(self).names.index(task), result.loss, size)
         # With a loader per task Lightning takes one key from one loader only; the total is known after the last.
         if name is None or dataloader_idx == len(loaders) - 1:
             self._log_now(f"{stage}/loss", total, 1)
@@ -347,7 +338,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         every = cast(Any, self.trainer).log_every_n_steps if self._trainer is not None else 0
         if every and (self.trainer.global_step + 1) % every == 0:
             values = mean_over_ranks(torch.stack([loss.detach() for loss in losses]))
-            keys = [f"train/loss/{name}" for name in self.task_names]
+            keys = [f"train/loss/{name}" for name in core_of(self).names]
             shown = values if present is None else values.where(present, torch.nan)
             self.log_dict(dict(zip(keys, shown, strict=True)), prog_bar=True, batch_size=1)
             self.log("train/loss", values.sum(), batch_size=1)
