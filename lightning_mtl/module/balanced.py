@@ -90,7 +90,6 @@ class Balanced(_Base):
                 f"Write class {cls.__name__}(Balanced, LightningModule)",
                 TypeError,
             )
-        check_class(cls, Balanced)
         add_ours(cls)
         if _is_ours(cls.__init__):
             cls.__init__ = constructor(cls, Balanced)  # type: ignore[method-assign]
@@ -107,6 +106,7 @@ class Balanced(_Base):
         base_arguments: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_class(type(self), Balanced)
         # save_hyperparameters() of the next class looks at the arguments of every constructor on the way, and finds its
         # class by this name. It shall find what it would find without Balanced.
         __class__ = Unseen  # noqa: F841

@@ -52,6 +52,8 @@ class Core:
 
     def __post_init__(self) -> None:
         self.model = Model(self.owner)
+        #: Who was present in the last step whose gradients are compared; a new tuple in each.
+        self.last_present: tuple[Tensor | None] | None = None
         self._memory: dict[str, Any] = {}
         self._remembered_in: object = None
 
@@ -124,6 +126,8 @@ class Core:
 
     def loss(self, step: Step) -> Tensor:
         """The scalar that ``training_step`` returns."""
+        if self.takes_gradients():
+            self.last_present = (step.present,)
         return balanced_loss(
             step,
             self.balancer,

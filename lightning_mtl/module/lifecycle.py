@@ -18,7 +18,6 @@ from lightning_mtl.module.checkpoints import load, save
 from lightning_mtl.module.core import ATTRIBUTE, Core
 from lightning_mtl.module.optimizer_states import adapt
 from lightning_mtl.module.trainer_checks import check_optimizers, check_trainer
-from lightning_mtl.types import Balance
 
 
 class Lifecycle(pl.Callback):
@@ -26,7 +25,7 @@ class Lifecycle(pl.Callback):
 
     def __init__(self) -> None:
         self._warned, self._step = False, 0
-        self._balance: Balance | None = None
+        self._last: tuple[Tensor | None] | None = None
         # Who is present in each batch that an optimizer step accumulates.
         self._present: list[Tensor | None] = []
 
@@ -68,12 +67,11 @@ class Lifecycle(pl.Callback):
     ) -> None:
         """See whether a method that compares gradients ever meets two of them."""
         core = _core(pl_module)
-        if core is None or self._warned or isinstance(core.balancer, LossBalancer):
+        if core is None or self._warned:
             return
-        balance: Balance | None = vars(pl_module)["last_balance"]
-        if balance is not None and balance is not self._balance:
-            self._balance = balance
-            self._present.append(balance.present)
+        if core.last_present is not None and core.last_present is not self._last:
+            self._last = core.last_present
+            self._present += core.last_present
         if trainer.global_step > self._step:
             self._warned = self._warned or _warn_if_alone(self._present, core)
             self._start(trainer.global_step)

@@ -23,7 +23,7 @@ def check_class(cls: type, ours: type) -> None:
     """No other class may have the public names: one of the two would be called in place of the other.
 
     Args:
-        cls: the class that is being made.
+        cls: the class of a module.
         ours: ``Balanced``.
 
     Raises: ``TypeError`` naming the class that has one.
@@ -32,10 +32,13 @@ def check_class(cls: type, ours: type) -> None:
     for name in PUBLIC:
         for base in cls.__mro__[place + 1 :]:
             if name in vars(base):
-                raise taken(cls.__name__, name, f"{base.__name__}.{name}")
+                raise taken(cls.__name__, name, f"the class attribute {base.__name__}.{name}")
         for base in cls.__mro__[:place]:
             if name in vars(base) and not _is_meant(name, vars(base)[name]):
-                raise taken(cls.__name__, name, f"{base.__name__}.{name}")
+                cure = (
+                    'Remove it and write super().__init__(tasks=[...], balancer="...")' if name == "balancer" else None
+                )
+                raise taken(cls.__name__, name, f"the class attribute {base.__name__}.{name}", cure)
 
 
 def check_module(module: nn.Module) -> None:
@@ -59,14 +62,15 @@ def replacement(module: nn.Module, name: str, value: object) -> Balancer:
     return value
 
 
-def taken(who: str, name: str, got: str) -> Exception:
+def taken(who: str, name: str, got: str, cure: str | None = None) -> Exception:
     """The error where somebody else has a public name."""
+    other = "Rename yours; if it belongs to a class that you cannot edit, make an object of that class a submodule"
     return bad_argument(
         who,
         name,
         "be left to Balanced, which brings it",
         got,
-        "Rename yours; if it belongs to a class that you cannot edit, make an object of that class a submodule",
+        cure or other,
         TypeError,
     )
 
