@@ -191,7 +191,8 @@ class Balanced(_Base):
         super().__setattr__(name, with_ours(self, name, value))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        fit_balancer_state(self, state_dict, prefix)
+        if ATTRIBUTE in vars(self):  # a class may load something before this one is made
+            fit_balancer_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _set_hparams(self, values: Any) -> None:

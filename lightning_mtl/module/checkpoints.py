@@ -59,7 +59,7 @@ def load(module: Any, result: Any, checkpoint: dict[str, Any]) -> Any:
         if part in checkpoint:
             fresh = not fit_balancer_state(module, checkpoint[part], "", record) or fresh
     checkpoint[KEY] = {**record, **_signature_of(core.balancer), "fresh": fresh}
-    if module._trainer is not None:
+    if module._trainer is not None and module._trainer.state.fn == "fit":
         core.checkpoint = checkpoint
     return result
 
@@ -78,14 +78,15 @@ def fit_balancer_state(
 
     Returns: whether it was this balancer's state already.
     """
-    balancer, prefix = core_of(module).balancer, prefix + _PREFIX
+    core, prefix = core_of(module), prefix + _PREFIX
+    balancer, broken, core.broken = core.balancer, core.broken, False
     saved = {name: value for name, value in states.items() if name.startswith(prefix)}
     own = balancer.state_dict(prefix=prefix, keep_vars=True)
-    mine = _signature_of(balancer)
+    mine, fits = _signature_of(balancer), saved.keys() == own.keys() and _shapes_fit(balancer, saved, own, prefix)
+    same = fits or broken
     if record and "state" in record:
-        same = all(record[name] == mine[name] for name in mine)
-    else:
-        same = saved.keys() == own.keys() and _shapes_fit(balancer, saved, own, prefix)
+        same = all(record[name] == mine[name] for name in mine) and bool(saved or not own)
+        core.broken = same and not fits
     if same:
         return True
     who, name = type(module).__name__, type(balancer).__name__

@@ -54,6 +54,8 @@ class Core:
         self.model = Model(self.owner)
         #: Who was present in the last step whose gradients are compared; a new tuple in each.
         self.last_present: tuple[Tensor | None] | None = None
+        #: Whether the state dict that comes next is known to be broken: it shall not pass as another balancer's.
+        self.broken = False
         self._memory: dict[str, Any] = {}
         self._remembered_in: object = None
 
@@ -152,11 +154,12 @@ class Core:
     def check_tasks(self) -> None:
         """The balancer is one, and of these tasks.
 
-        Raises: ``ValueError`` if another module took its place, or if declared tasks came or went.
+        Raises: ``TypeError`` if another module took its place; ``ValueError`` if declared tasks came or went.
         """
         if not isinstance(self.owner.balancer, Balancer):
             got = type(self.owner.balancer).__name__
-            raise bad_argument(self.owner, "balancer", "be a Balancer", got, "Give the other module another name")
+            cure = "Give the other module another name"
+            raise bad_argument(self.owner, "balancer", "be a Balancer", got, cure, TypeError)
         if self.registry is not None and tuple(self.registry.names) != self.names:
             raise bad_argument(
                 self.owner,
