@@ -94,7 +94,9 @@ class FSDPStrategy(SingleDeviceStrategy):
 
 def set_up(model: L.LightningModule, **options: Any) -> None:
     """What ``fit`` does first, for strategies that would need several processes to go on."""
-    model.trainer = trainer(devices=1, **options)
+    model.trainer = run = trainer(devices=1, **options)
+    for callback in model.configure_callbacks():
+        callback.setup(run, model, "fit")
     model.setup("fit")
 
 

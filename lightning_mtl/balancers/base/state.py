@@ -152,6 +152,8 @@ def _making_real_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def made(self: State, *args: Any, **kwargs: Any) -> Any:
+        # The first call is that of the object's own class: what it was made from can be written down.
+        self.__dict__.setdefault("_made_from", (args, kwargs))
         if self.state_on_cpu or torch.empty(0).is_meta:
             with torch.device("cpu"):
                 return method(self, *args, **kwargs)
