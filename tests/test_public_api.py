@@ -49,8 +49,8 @@ ARGUMENTS = {
         "train_metrics strict_targets"
     ),
     "Balanced": "| tasks balancer level weight_heads last_layer main_tasks base_arguments",
-    "Balanced.balance": "losses features labelled",
-    "backward": "losses balancer features shared level | labelled weight_heads last_layer backward_fn",
+    "Balanced.balance": "losses features labelled | shared plain",
+    "backward": "losses balancer features shared level | labelled weight_heads last_layer plain backward_fn",
     "to_plain_checkpoint": "checkpoint save_as | weights_only",
     "Task": "head loss metrics | target missing mask role",
     "ClassificationTask": "head num_classes metrics | target mask ignore_index label_smoothing class_weights role",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, LossBalancer
@@ -163,9 +163,14 @@ class Core:
         Raises: ``TypeError`` if another module took its place; ``ValueError`` if declared tasks came or went.
         """
         if not isinstance(self.owner.balancer, Balancer):
-            got = type(self.owner.balancer).__name__
-            cure = "Give the other module another name"
-            raise bad_argument(self.owner, "balancer", "be a Balancer", got, cure, TypeError)
+            raise bad_argument(
+                self.owner,
+                "balancer",
+                "be a Balancer",
+                type(self.owner.balancer).__name__,
+                "Give the other module another name",
+                TypeError,
+            )
         if self.registry is not None and tuple(self.registry.names) != self.names:
             raise bad_argument(
                 self.owner,

@@ -17,6 +17,8 @@ from lightning_mtl.module.core import ATTRIBUTE
 
 #: What a balanced module has for its user. Everything else of this package is behind one private attribute.
 PUBLIC = ("balance", "balancer", "last_balance", "own_parameters")
+_OTHERWISE = "if it belongs to a class that you cannot edit, make an object of that class a submodule"
+_BUILT = 'if it is meant to say which balancer, write super().__init__(tasks=[...], balancer="...")'
 
 
 def check_class(cls: type, ours: type) -> None:
@@ -35,10 +37,8 @@ def check_class(cls: type, ours: type) -> None:
                 raise taken(cls.__name__, name, f"the class attribute {base.__name__}.{name}")
         for base in cls.__mro__[:place]:
             if name in vars(base) and not _is_meant(name, vars(base)[name]):
-                cure = (
-                    'Remove it and write super().__init__(tasks=[...], balancer="...")' if name == "balancer" else None
-                )
-                raise taken(cls.__name__, name, f"the class attribute {base.__name__}.{name}", cure)
+                otherwise = _BUILT if name == "balancer" else _OTHERWISE
+                raise taken(cls.__name__, name, f"the class attribute {base.__name__}.{name}", otherwise)
 
 
 def check_module(module: nn.Module) -> None:
@@ -62,17 +62,9 @@ def replacement(module: nn.Module, name: str, value: object) -> Balancer:
     return value
 
 
-def taken(who: str, name: str, got: str, cure: str | None = None) -> Exception:
+def taken(who: str, name: str, got: str, otherwise: str = _OTHERWISE) -> Exception:
     """The error where somebody else has a public name."""
-    other = "Rename yours; if it belongs to a class that you cannot edit, make an object of that class a submodule"
-    return bad_argument(
-        who,
-        name,
-        "be left to Balanced, which brings it",
-        got,
-        cure or other,
-        TypeError,
-    )
+    return bad_argument(who, name, "be left to Balanced, which brings it", got, f"Rename yours; {otherwise}", TypeError)
 
 
 def _is_meant(name: str, value: object) -> bool:
