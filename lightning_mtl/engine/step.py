@@ -103,6 +103,7 @@ def make_step(
     balancer: Balancer,
     model: Model,
     *,
+    level: str = "parameters",
     roots: Sequence[Sequence[Root]] | None = None,
     leaves: Sequence[Sequence[Tensor]] | None = None,
     layer: nn.Module | Sequence[Tensor] | None = None,
@@ -115,6 +116,7 @@ def make_step(
         owned: who owns what.
         balancer: what it looks at.
         model: the model.
+        level: at which tensors the rows are taken.
         roots: per loss, where its head begins; by default those that are common to all.
         leaves: per loss, what its head read in their place.
         layer: the last shared layer, as told; by default it is found.
@@ -124,7 +126,8 @@ def make_step(
     if roots is None and owned.roots is not None:
         roots = [owned.roots] * len(losses)
     step = Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present)
-    if isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and owned.shared:
+    at_layer = level == "parameters" and isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer"
+    if at_layer and owned.shared:
         step.last_layer = last_layer(step, model, layer)
     if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
         numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}

@@ -126,7 +126,9 @@ class Core:
         """The step of these losses; ``cut``: see ``make_step``."""
         self.model.modules = self.remembered("modules", lambda: list(self.owner.modules()))
         known = bool(self.model.last_layers)
-        step = make_step(losses, present, owned, self.balancer, self.model, layer=self.last_layer, **cut)
+        step = make_step(
+            losses, present, owned, self.balancer, self.model, level=self.level, layer=self.last_layer, **cut
+        )
         if step.last_layer is not None and not known:
             at = self.model.named(step.last_layer)
             rank_zero_info(f"{type(self.balancer).__name__} compares the gradients of the tasks at {at}.")
