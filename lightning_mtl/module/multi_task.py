@@ -141,7 +141,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         if loss.requires_grad or not torch.is_grad_enabled():
             return loss
         # No task has a label: a step with gradients of zero.
-        return loss + sum(parameter.flatten()[0] * 0 for parameter in self.own_parameters())
+        return loss + sum(0 * parameter.flatten()[:1].real.sum() for parameter in self.own_parameters())
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log losses and metrics under ``val/``."""

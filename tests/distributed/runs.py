@@ -33,6 +33,7 @@ from lightning_mtl import Balanced, MultiTaskModule
 from lightning_mtl.balancers import resolve
 from lightning_mtl.sharing import Encoders, OwnFeatures, ProximalStep
 from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, Task
+from tests.distributed import uneven
 from tests.nets import WIDTH, HandWritten, Samples, mlp, module, network, samples, sgd, three_tasks, trainer
 from tests.versions import TENSORS_ONLY
 
@@ -173,6 +174,8 @@ def loader(data: Samples, stops: tuple[int, int] | None = None) -> DataLoader:
 
 
 def training_data(run: Run) -> Any:
+    if run.model in uneven.DATA:
+        return uneven.loader(run.model, rank(), world(), times=2)
     num = run.steps * run.accumulate * BATCH
     if run.model != "loaders":
         return loader(dataset(run.labels, num))
@@ -351,7 +354,11 @@ def sharded(run: Run) -> MultiTaskModule:
     return Sharded(mlp(), three_tasks(), run.balancer, optimizer=sgd)
 
 
-MODELS: dict[str, Callable[[Run], Any]] = {
+def of_uneven_parts(run: Run) -> MultiTaskModule:
+    return uneven.build(run.model, SPECS.get(run.balancer, run.balancer), run.level, forgetful, world())
+
+
+MODELS: dict[str, Callable[[Run], Any]] = dict.fromkeys(uneven.DATA, of_uneven_parts) | {
     "declared": declared,
     "loaders": own_loaders,
     "handwritten": lambda run: HandWritten(),
@@ -424,8 +431,9 @@ def recipe(run: Run) -> dict[str, Any]:
 def logs(run: Run) -> dict[str, float]:
     """What was logged in training (the last step's) and in validation."""
     model = MODELS[run.model](run)
-    fitted = trainer_of(run, log_every_n_steps=run.steps)
-    fitted.fit(model, training_data(run), loader(dataset(run.labels, 4 * BATCH, seed=1)))
+    data, parts = training_data(run), run.model in uneven.DATA
+    fitted = trainer_of(run, log_every_n_steps=len(data))
+    fitted.fit(model, data, training_data(run) if parts else loader(dataset(run.labels, 4 * BATCH, seed=1)))
     return {key: value.item() for key, value in fitted.callback_metrics.items()}
 
 
