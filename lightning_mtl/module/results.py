@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.checks import bad_argument, shape
-from lightning_mtl.engine import leaves_per_head, mapped, tensors_of, unknown_types
+from lightning_mtl.engine import as_plain, leaves_per_head, mapped, tensors_of, unknown_types
 from lightning_mtl.module.batches import BatchForm, Group
 from lightning_mtl.tasks import LabelTask, Task, TaskRegistry
 
@@ -121,7 +121,8 @@ def _result(task: Task, output: Any, part: Encoded, name: str, halved: bool, lea
 
         given = mapped((output, target, mask), some) if halved else (output, target, mask)
         mean, count = task.mean_loss(given[0], given[1], name, given[2])
-        means.append(mean)
+        # A subclass (with labels, with meta data) has no use for them in a sum of losses.
+        means.append(as_plain(mean))
         counts.append(count)
     loss = sum(means[1:], start=means[0]) / len(means) if halved else means[0]
     trains = part.roots or part.unknown or any(parameter.requires_grad for parameter in task.parameters())
