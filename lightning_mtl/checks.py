@@ -40,8 +40,8 @@ def listed(names: Iterable[object]) -> str:
 
 
 def carried(name: object) -> bool:
-    """Whether every logger can carry the name as a part of a key."""
-    return isinstance(name, str) and bool(name) and not any(character in name for character in "./ ")
+    """Whether logs and batches can carry the name: any non-empty string."""
+    return isinstance(name, str) and bool(name)
 
 
 def check_num_tasks(num_tasks: int, owner: object) -> None:

@@ -19,7 +19,8 @@ class Step:
     Args:
         losses: ``T`` scalars with a graph.
         shared: the tensors whose rows are taken, reached through ``roots`` (the encoder's parameters).
-        shared_heads: parameters used by several heads; they are part of the rows too.
+        shared_heads: parameters of the rows too, but not reached through ``roots``: of several heads, or between
+            features of which one is computed from another.
         private: parameters of one task only (or of no task in this step).
         roots: per task, where the heads begin: features with a graph into the encoder. ``None``: no cut is
             known and every row is taken from the loss itself.

@@ -45,12 +45,12 @@ class BalanceMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, in every n-th optimizer step."""
-        balance: Balance | None = getattr(pl_module, "last_balance", None)
+        balance = getattr(pl_module, "last_balance", None)
         step = trainer.global_step
         stepped, self._last_step = step > self._last_step, step
         usual: int = cast(Any, trainer).log_every_n_steps
         every = self.every_n_steps or usual
-        if balance is None or not stepped or not every or step % every:
+        if not isinstance(balance, Balance) or not stepped or not every or step % every:
             return
         pairs = len(balance.names) <= MOST_WITH_PAIRS if self.cosines is None else self.cosines
         scalars = balance_scalars(balance, with_cosines=pairs)

@@ -18,6 +18,7 @@ from lightning_mtl.engine.graph import reached as reached
 from lightning_mtl.engine.loss import LEVELS as LEVELS
 from lightning_mtl.engine.loss import balanced_loss as balanced_loss
 from lightning_mtl.engine.model import Model as Model
+from lightning_mtl.engine.node import free_graph as free_graph
 from lightning_mtl.engine.plain_loop import backward as backward
 from lightning_mtl.engine.present import Labelled as Labelled
 from lightning_mtl.engine.present import TaskLoss as TaskLoss

@@ -56,6 +56,8 @@ class BalancedBackward:
         self.weight_heads = weight_heads
         self.losses = stacked(step.losses).detach()
         self.gradients = choose(step, balancer, level)
+        #: Who is present, but without a gradient.
+        self.silent = torch.zeros(len(names), dtype=torch.bool)
         own = private_weights(step, balancer, len(names))
         self.own_weights = None if own is None else self.gradients.per_loss(own)
 
@@ -72,7 +74,9 @@ class BalancedBackward:
         else:
             weights = self._weigh(self.balancer, scale)
             update = self.gradients.combine(weights)
-            own = self.gradients.per_loss(weights) if self.weight_heads else own
+            if self.weight_heads:
+                # A task that counts as absent trains its own head: only so can its gradient come back.
+                own = self.gradients.per_loss(weights.masked_fill(self.silent, 1))
         return [*update, *add_up(private, own)]
 
     def _update(self, balancer: RowBalancer, gradients: Stored, scale: Tensor) -> Tensor:
@@ -123,7 +127,8 @@ class BalancedBackward:
         if not bool(zero.any()) or not bool(gram.isfinite().all()):
             return present
         here = torch.ones_like(zero) if present is None else present.cpu()
-        for task in (zero & here).nonzero().flatten().tolist():
+        self.silent = zero & here
+        for task in self.silent.nonzero().flatten().tolist():
             warn_once(
                 self.balancer,
                 f"The gradient of task {self.names[task]!r} is exactly zero at what the tasks share. In such steps the "

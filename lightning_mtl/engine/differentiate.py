@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_mtl.engine.collectives import world_size
 from lightning_mtl.engine.recompute import forwards_leave_no_trace
 from lightning_mtl.types import Root
 
@@ -33,7 +34,29 @@ def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Ten
     # Tensors and edges may be mixed, which torch takes but does not declare.
     wanted = cast(Any, inputs)
     with forwards_leave_no_trace():
-        return list(torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True))
+        grads = torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True)
+    return [None if grad is None else as_plain(grad) for grad in grads]
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """Without a subclass that only carries labels or meta data: its rules say nothing about gradients.
+
+    One that decides how its operations run (sharded, nested) stays what it is.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
+def seeds_for(roots: Sequence[Root], grads: Grads) -> Grads:
+    """What arrives at the roots. Several processes run the same backwards, so a root that is not read gets zeros.
+
+    On one process it gets nothing, and so does what lies behind it alone.
+    """
+    if world_size() == 1:
+        return grads
+    return [zeros_for(root) if grad is None else grad for root, grad in zip(roots, grads, strict=True)]
 
 
 def real(grad: Tensor) -> Tensor:
@@ -53,7 +76,7 @@ def resolution(dtypes: Iterable[torch.dtype]) -> float:
 def zeros_for(root: Root) -> Tensor:
     """A zero gradient for a root."""
     if isinstance(root, Tensor):
-        return torch.zeros_like(root)
+        return torch.zeros_like(as_plain(root))
     meta = root.node._input_metadata[root.output_nr]
     return torch.zeros([int(size) for size in meta.shape], dtype=meta.dtype, device=meta.device)
 
@@ -63,6 +86,8 @@ def add_up(per_task: Sequence[Grads], weights: Sequence[float] | None = None) ->
     total: Grads = []
     for column in zip(*per_task, strict=True):
         there = [(grad, task) for task, grad in enumerate(column) if grad is not None]
+        # Sparse gradients can be added to dense ones only.
+        there.sort(key=lambda pair: pair[0].is_sparse)
         if weights is None:
             total.append(reduce(torch.add, [grad for grad, _ in there]) if there else None)
             continue

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -91,6 +92,34 @@ def discover(losses: Sequence[Tensor], owner: object = "lightning_mtl") -> Reach
                     edges[child, index] = GradientEdge(child, index)
     cut = not straight and _separates(edges, count, owner)
     return Reach(list(shared.values()), list(private.values()), list(edges.values()) if cut else [])
+
+
+def siblings(losses: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether two tasks read different scalars of one node: all that lies behind it is then reached by both.
+
+    Looked at is the part of the graph that holds scalars, and vectors of which one element was picked: several outputs
+    of a criterion, or a loss that was stacked with those of the other tasks and taken out again.
+    """
+    read: dict[Node, list[set[Any]]] = defaultdict(lambda: [set() for _ in losses])
+    for task, parts in enumerate(losses):
+        stack: list[tuple[Any, int, int | None]] = [(*_edge(loss), None) for loss in parts]
+        seen = set()
+        while stack:
+            node, output, picked = edge = stack.pop()
+            if node is None or edge in seen or hasattr(node, "variable"):
+                continue
+            seen.add(edge)
+            kind, sizes = type(node).__name__, len(node._input_metadata[output].shape)
+            if sizes > (picked is not None):
+                continue
+            if kind == "SelectBackward0":
+                picked = node._saved_index
+            elif kind == "UnbindBackward0":
+                picked = output
+            elif sizes == 0 or kind == "StackBackward0":
+                read[node][task].add(output if sizes == 0 else picked)
+            stack += [(child, number, picked) for child, number in node.next_functions]
+    return any(len({frozenset(outputs) for outputs in tasks if outputs}) > 1 for tasks in read.values())
 
 
 def _separates(edges: dict[tuple[Node, int], GradientEdge], count: Counter[Node], owner: object) -> bool:

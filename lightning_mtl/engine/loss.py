@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,16 +48,15 @@ def balanced_loss(
     waited_for = world_size() > 1 and not isinstance(balancer, LossBalancer) and torch.is_grad_enabled()
     if not waited_for and not any(loss.requires_grad for loss in step.losses):
         return stacked(step.losses).sum()
+    _check_halves(step, balancer, len(names))
     if isinstance(balancer, LossBalancer):
         return _objective(step, balancer, tuple(names), report)
     assert isinstance(balancer, GramBalancer | RowBalancer)
-    _check_halves(step, balancer, len(names))
     check_not_siblings(step, balancer)
     check_several_backwards([*step.losses, *(root for roots in step.roots or () for root in roots)], balancer)
     if not step.shared and not step.shared_heads:
         return _with_own(_plain_sum(step, balancer, len(names)), step, balancer, len(names))
     if level == "features":
-        step = replace(step, private=[*step.shared_heads, *step.private], shared_heads=[])
         _check_features(step)
     loss = BalancedBackward(step, balancer, tuple(names), level, weight_heads, report).loss()
     return _with_own(loss, step, balancer, len(names))
@@ -83,7 +81,8 @@ def _check_halves(step: Step, balancer: Balancer, num_tasks: int) -> None:
             "losses",
             f"hold {wanted} per task" + (", of two independent samples" if wanted == 2 else ""),
             f"{len(step.losses)} for {num_tasks} tasks",
-            'Pass {"task": (loss of one half, loss of the other)}, or use MultiTaskModule, which halves the batch',
+            'Pass {"task": (loss of one half, loss of the other)} to a balancer that compares halves, or use '
+            "MultiTaskModule, which halves the batch; to any other one loss per task",
         )
 
 

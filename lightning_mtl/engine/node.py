@@ -19,8 +19,7 @@ Solve = Callable[[Tensor, bool], Sequence[Tensor | None]]
 class _Deposit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Solve, value: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.solve, ctx.device_type, ctx.keep = solve, value.device.type, True
-        ctx.zeros = inputs if world_size() > 1 else None
+        ctx.solve, ctx.inputs, ctx.device_type, ctx.keep = solve, inputs, value.device.type, True
         return value.clone()
 
     @staticmethod
@@ -36,18 +35,25 @@ class _Deposit(torch.autograd.Function):
                 RuntimeError,
             )
         # Dropped first: whatever happens, no graph tensor outlives the backward.
-        solve, like, ctx.solve, ctx.zeros = ctx.solve, ctx.zeros, None, None
+        solve, inputs, ctx.solve, ctx.inputs = ctx.solve, ctx.inputs, None, None
         if torch.is_autocast_enabled(ctx.device_type):
             with torch.autocast(ctx.device_type, enabled=False):
                 grads = list(solve(scale, ctx.keep))
         else:  # as nearly always; entering a context takes its time
             grads = list(solve(scale, ctx.keep))
-        if like is not None:
-            # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
-            grads = [
-                torch.zeros_like(tensor) if grad is None else grad for grad, tensor in zip(grads, like, strict=True)
-            ]
-        return (None, None, *grads)
+        return (None, None, *map(_like, grads, inputs))
+
+
+def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
+    """A gradient as it is handed to autograd."""
+    if grad is None:
+        # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
+        return torch.zeros_like(tensor) if world_size() > 1 else None
+    if grad.is_sparse or grad.stride() == tensor.stride():
+        return grad
+    # What autograd takes for equal strides, DDP compares: those of dimensions of size 1 too.
+    same = zip(grad.stride(), tensor.stride(), tensor.shape, strict=True)
+    return grad.as_strided(tensor.shape, tensor.stride()) if all(a == b or n == 1 for a, b, n in same) else grad
 
 
 def free_graph(loss: Tensor) -> None:

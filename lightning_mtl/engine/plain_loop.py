@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, LossBalancer
-from lightning_mtl.checks import bad_argument, listed
+from lightning_mtl.checks import bad_argument, listed, shape
 from lightning_mtl.engine.loss import balanced_loss
 from lightning_mtl.engine.model import Model
 from lightning_mtl.engine.node import free_graph
@@ -18,6 +18,20 @@ from lightning_mtl.engine.step import Owned, found, make_step
 from lightning_mtl.types import Balance
 
 _WHO = "lightning_mtl.backward"
+
+
+def _check_of_one_kind(owned: Owned) -> None:
+    """No module says whether a leaf that is no parameter is an input, as of energy and forces, or is trained."""
+    rows = [*owned.shared, *owned.shared_heads]
+    others = [tensor for tensor in rows if not isinstance(tensor, nn.Parameter)]
+    if 0 < len(others) < len(rows):
+        raise bad_argument(
+            _WHO,
+            "shared",
+            "be an iterable where tensors that are no nn.Parameter are shared too",
+            f"a tensor of shape {shape(others[0])} that requires grad beside parameters",
+            "Pass those that are trained, such as shared=encoder.parameters(); the others get the plain gradient",
+        )
 
 
 def backward(
@@ -89,8 +103,10 @@ def backward(
     owned, model = Owned(), Model(_WHO)
     if not isinstance(balancer, LossBalancer):
         owned = found(values, len(names), model, features, shared)
+        if level == "parameters" and (shared is None or shared == "all"):
+            _check_of_one_kind(owned)
     layer = None if last_layer is None else list(last_layer)
-    step = make_step(values, present, owned, balancer, model, layer=layer)
+    step = make_step(values, present, owned, balancer, model, level=level, layer=layer)
     loss = balanced_loss(step, balancer, names, level=level, weight_heads=weight_heads, report=done.append)
     if plain is None:
         free_graph(loss)

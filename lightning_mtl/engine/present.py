@@ -40,6 +40,9 @@ def collect(
     """
     pairs = {name: _shares(losses[name], name, owner) for name in names}
     parts = max(len(pair) for pair in pairs.values())
+    for name, pair in pairs.items():
+        if losses[name] is not None and len(pair) != parts:
+            raise _bad_pair(name, losses[name], owner)
     known = _counts(labelled or {}, owner)
     values: list[Sequence[Tensor]] = []
     counts: list[float] = []
@@ -112,11 +115,13 @@ def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | float]) 
 
 def _shares(loss: TaskLoss, name: str, owner: object) -> Sequence[Tensor]:
     """A loss as the parts that it is the sum of: itself, or half of each of a pair of means."""
+    if loss is None:
+        return ()
     parts = loss if isinstance(loss, tuple | list) else (loss,)
+    if isinstance(loss, tuple | list) and (len(parts) != 2 or any(part is None for part in parts)):
+        raise _bad_pair(name, loss, owner)
     found: list[Tensor] = []
     for part in parts:
-        if part is None:
-            continue
         value = torch.tensor(float(part)) if type(part) in (int, float) else part
         check_task_loss(value, name, owner)
         assert isinstance(value, Tensor)
@@ -124,6 +129,18 @@ def _shares(loss: TaskLoss, name: str, owner: object) -> Sequence[Tensor]:
         value = value if type(value) is Tensor else value.as_subclass(Tensor)
         found.append(value / len(parts) if len(parts) > 1 else value)
     return found
+
+
+def _bad_pair(name: str, loss: object, owner: object) -> Exception:
+    got = f"{len(loss)} entries" if isinstance(loss, tuple | list) else "one loss"
+    return bad_argument(
+        owner,
+        f"losses['{name}']",
+        "be one loss for every task, or two for every task, of two halves of the batch",
+        got,
+        "Pass a scalar, or (loss of one half, loss of the other) if the balancer compares halves; None for a task "
+        "without labels in either",
+    )
 
 
 def _say_constant(name: str, owner: object) -> None:
@@ -156,7 +173,7 @@ def _count(value: object, name: str, owner: object) -> Tensor:
         value = value.detach()
         if value.dtype == torch.bool or (value.is_floating_point() and value.ndim):
             # A negative weight or NaN anywhere must show in the sum.
-            return torch.where((value >= 0).all(), value.sum(), -1).double().cpu()
+            return torch.where((value >= 0).all(), value.sum(dtype=torch.float64), -1.0).cpu()
         if value.numel() == 1 and (not value.is_floating_point() or float(value).is_integer()):
             return value.reshape(()).double().cpu()
     raise _bad_count(name, value, owner)

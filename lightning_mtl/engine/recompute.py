@@ -18,18 +18,27 @@ def forwards_leave_no_trace() -> Iterator[None]:
     Checkpointed activations run their modules again in every backward over them. Within this context those runs leave
     buffers as they were, so that the forward of the step has counted once, however many tasks there are.
     """
-    before: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    outermost: list[nn.Module] = []
+    before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def save(module: nn.Module, args: Any) -> None:
-        buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
-        if buffers and module.training and module not in before:
-            before[module] = [(buffer, buffer.clone()) for buffer in buffers]
+        if not outermost:
+            outermost.append(module)
+            for part in module.modules():
+                if part.training:
+                    named = part._buffers.items()
+                    before.extend((part, name, buffer, buffer.clone()) for name, buffer in named if buffer is not None)
 
     def restore(module: nn.Module, args: Any, output: Any) -> None:
+        if not outermost or module is not outermost[0]:
+            return
+        outermost.clear()
         with torch.no_grad():
-            for buffer, saved in before.pop(module, ()):
+            for part, name, buffer, saved in before:
+                part._buffers[name] = buffer
                 # Through .data: the graph has saved the buffer, and a counted write would forbid the next backward.
                 buffer.data.copy_(saved)
+        before.clear()
 
     hooks = register_module_forward_pre_hook(save), register_module_forward_hook(restore, always_call=True)
     try:

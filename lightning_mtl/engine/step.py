@@ -15,7 +15,7 @@ from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import union_over_ranks
 from lightning_mtl.engine.compiled import is_compiled
 from lightning_mtl.engine.features import given_tensors
-from lightning_mtl.engine.graph import discover, reached, reached_beside, upstream
+from lightning_mtl.engine.graph import discover, reached, reached_beside, siblings, upstream
 from lightning_mtl.engine.last_layer import last_layer
 from lightning_mtl.engine.model import Model
 from lightning_mtl.types import Root, Step
@@ -69,6 +69,15 @@ def found(
             given_tensors(features, model.owner), whole, model, chosen, complete=len(whole) == num_tasks
         )
     if chosen is None:
+        if siblings([[half for half in losses[task::num_tasks] if not is_compiled(half)] for task in range(num_tasks)]):
+            raise bad_argument(
+                model.owner,
+                "losses",
+                "be apart in the graph where it shall tell who is shared",
+                "several outputs of one autograd node, or elements of one vector (stack, unbind, one criterion)",
+                "Pass each scalar as it was before it was stacked; or features=, the tensors that all heads read; or "
+                "shared=, the shared parameters",
+            )
         return _in_graph(whole, losses[0].device, model)
     own = reached(whole, model.owner) if model.own is None else model.own
     return Owned(chosen, private=_without(own, chosen))
@@ -94,6 +103,7 @@ def make_step(
     balancer: Balancer,
     model: Model,
     *,
+    level: str = "parameters",
     roots: Sequence[Sequence[Root]] | None = None,
     leaves: Sequence[Sequence[Tensor]] | None = None,
     layer: nn.Module | Sequence[Tensor] | None = None,
@@ -106,6 +116,7 @@ def make_step(
         owned: who owns what.
         balancer: what it looks at.
         model: the model.
+        level: at which tensors the rows are taken.
         roots: per loss, where its head begins; by default those that are common to all.
         leaves: per loss, what its head read in their place.
         layer: the last shared layer, as told; by default it is found.
@@ -115,7 +126,8 @@ def make_step(
     if roots is None and owned.roots is not None:
         roots = [owned.roots] * len(losses)
     step = Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present)
-    if isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and owned.shared:
+    at_layer = level == "parameters" and isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer"
+    if at_layer and owned.shared:
         step.last_layer = last_layer(step, model, layer)
     if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
         numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
@@ -170,8 +182,10 @@ def _behind_features(
     private = _without(own, shared)
     roots = upstream(features, owner) if features else []
     inside = reached(roots, owner)
-    # What is computed from a feature counts to the heads, if all its ways lead through the features.
-    if _among(reached_beside(features, roots, owner), inside):
+    # The graph is cut at the features from which others are computed, unless another way leads around them, or one is
+    # a parameter, which has nothing behind it. What lies between features is shared, too.
+    around = _among(reached_beside(features, roots, owner), inside)
+    if around or (len(roots) < len(features) and any(root.is_leaf for root in roots)):
         return Owned(shared, private=private)
     return Owned(_among(shared, inside), _without(shared, inside), private, roots=list(roots))
 
@@ -200,15 +214,6 @@ def _check_nothing_to_share(
 
 def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model) -> Owned:
     """What at least two losses reach in this step's graph, on any rank, or did in an earlier one."""
-    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None and not is_compiled(loss)]
-    if len(set(nodes)) < len(nodes):
-        raise bad_argument(
-            model.owner,
-            "losses",
-            "come from nodes of their own where who is shared is found in the graph",
-            "several outputs of one autograd node (unbind, one compiled criterion)",
-            "Pass features=, the tensors that all heads read, or shared=, the shared parameters",
-        )
     reach = discover(losses, model.owner)
     if model.own is None:
         return Owned(reach.shared, private=reach.private, roots=list(reach.edges) or None)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.balancers.base import Balancer, GramBalancer
+from lightning_mtl.balancers.base import GramBalancer
+from lightning_mtl.balancers.registry import BalancerSpec
 from lightning_mtl.checks import bad_argument, check_choice
 from lightning_mtl.engine import Owned, declared
 from lightning_mtl.module.balanced import Balanced
 from lightning_mtl.module.batches import BatchForm, task_of_loader
+from lightning_mtl.module.core import core_of
 from lightning_mtl.module.cut import (
     changes_in_place,
     check_features_can_be_cut,
@@ -28,8 +30,6 @@ from lightning_mtl.module.results import Encoded, TaskResult, encode, run_heads
 from lightning_mtl.module.shares import shares
 from lightning_mtl.tasks import Task, TaskRegistry
 from lightning_mtl.types import Step
-
-BalancerOrName = Callable[[int], Balancer] | Balancer | str | dict[str, Any]
 
 
 class MultiTaskModule(Balanced, pl.LightningModule):
@@ -79,7 +79,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         self,
         encoder: nn.Module,
         tasks: Mapping[str, Task],
-        balancer: BalancerOrName = "fixed",
+        balancer: BalancerSpec = "fixed",
         level: str = "parameters",
         optimizer: OptimizerFn | None = None,
         lr_scheduler: SchedulerFn | None = None,
@@ -113,7 +113,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             main_tasks=registry.main,
         )
         self.encoder = encoder
-        self.tasks = registry
+        self.tasks = core_of(self).registry = registry
         # Mangled: the other names of the module belong to whoever subclasses it.
         self.__form = BatchForm(input_key, strict_targets, type(self).__name__)
         self.__train_metrics, self.__in_place = train_metrics, False
@@ -121,8 +121,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         self.__optimizer_fn, self.__scheduler_fn, self.__lr_interval = optimizer, lr_scheduler, lr_interval
         if type(self) is MultiTaskModule:
             # A subclass has arguments of its own, and says itself which to save.
-            plain = {"balancer": balancer} if isinstance(balancer, str | dict) else {}
-            self.save_hyperparameters({"level": level} | plain)
+            self.save_hyperparameters({"level": level, "balancer": core_of(self).arguments["balancer"]})
 
     def forward(self, inputs: Any) -> dict[str, Any]:
         """The output of every head: inputs of ``B`` samples -> task name -> output."""
@@ -131,14 +130,14 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The balanced loss of a batch; its value is the objective, or the plain sum of the losses."""
-        apart = self._takes_gradients()
+        apart = core_of(self).takes_gradients()
         halved = apart and isinstance(self.balancer, GramBalancer) and self.balancer.halves
         results = self.__run(batch, apart=apart, halved=halved)
-        losses, present = shares(results, self.task_names, 1 + halved, self._absent_loss(self.device), self)
-        num = len(self.task_names)
+        losses, present = shares(results, core_of(self).names, 1 + halved, core_of(self).absent_loss(self.device), self)
+        num = len(core_of(self).names)
         whole = [a + b for a, b in zip(losses[:num], losses[num:], strict=True)] if halved else losses
         log_training(self, self.tasks, results, whole, present, metrics=self.__train_metrics)
-        return self._balanced(self.__step(results, losses, present))
+        return core_of(self).loss(self.__step(results, losses, present))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log losses and metrics under ``val/``."""
@@ -156,7 +155,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         for group in self.__form.inputs_of(batch, self.tasks, dataloader):
             outputs = self(group.inputs)
             found |= {name: self.tasks[name].predict(outputs[name]) for name in group.names}
-        return {name: found[name] for name in self.task_names if name in found}
+        return {name: found[name] for name in core_of(self).names if name in found}
 
     def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: the model's trainable parameters, and the balancer's without decay.
@@ -165,7 +164,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             lr: the optimizer's learning rate. With it the balancer's group (of ``uncertainty``, ``imtl_l``) gets a rate
                 of its own, ten times as high.
         """
-        return groups_of(self.own_parameters(), self.__learned(), lr)
+        model = [parameter for parameter in core_of(self).registered() if parameter.requires_grad]
+        return groups_of(model, self.__learned(), lr)
 
     def configure_optimizers(self) -> Any:
         """What ``optimizer=`` and ``lr_scheduler=`` say, with ten times the rate for what the balancer learns."""
@@ -179,18 +179,6 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             keep_ratio(scheduler, optimizer, own)
         options = {"scheduler": scheduler, "interval": self.__lr_interval, "monitor": "val/loss"}
         return {"optimizer": optimizer, "lr_scheduler": options}
-
-    def setup(self, stage: str) -> None:
-        """Check that the tasks are those that the balancer was built for."""
-        if self.tasks.names != self.task_names:
-            raise bad_argument(
-                self,
-                "tasks",
-                f"still be {list(self.task_names)}, for which the balancer was built",
-                list(self.tasks.names),
-                "Add and remove tasks before building the module",
-            )
-        super().setup(stage)
 
     def __learned(self) -> list[Tensor]:
         return [parameter for parameter in self.balancer.parameters() if parameter.requires_grad]
@@ -215,46 +203,50 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         except RuntimeError as error:
             if not cut or not changes_in_place(error):
                 raise
-            if self.level == "features":
+            if core_of(self).level == "features":
                 raise in_place_at_features(self) from error
             # From now on heads read the features themselves, as with a plain sum.
             cut, self.__in_place = False, True
             results = run_heads(parts, self.tasks, cut=False, halved=halved)
         if cut:
             # Here by name; another step may take another way, so every backward looks again.
-            self._remembered("only features", lambda: check_only_features(results.values(), self.__owned(), self))
-        for result in results.values() if apart and not cut else ():
-            result.roots = None
+            owned = self.__owned()
+            core_of(self).remembered("only features", lambda: check_only_features(results.values(), owned, self))
+        for result in results.values():
+            result.whole = apart and not cut
         return results
 
     def __may_cut(self, parts: Sequence[Encoded]) -> bool:
-        own = self._remembered("ids", lambda: {id(parameter) for parameter in self.parameters()})
+        own = core_of(self).remembered("ids", lambda: {id(parameter) for parameter in self.parameters()})
         inputs = inputs_in_reach(parts, own)
-        if self.level == "features":
+        if core_of(self).level == "features":
             check_features_can_be_cut(parts, inputs, self)
             return True
-        hidden = self._remembered("inputs", lambda: inputs_behind(parts, own, self))
+        hidden = core_of(self).remembered("inputs", lambda: inputs_behind(parts, own, self))
         past = self.__in_place or self.__owned().tied or any(part.unknown for part in parts)
         return not (inputs or hidden or past)
 
     def __step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
-        if not self._takes_gradients():
-            return self._step(losses, present, Owned())
-        owned = self.__owned()
-        found, parts = [results.get(name) for name in self.task_names], len(losses) // len(self.task_names)
-        if any(result is not None and result.roots is None for result in found):
+        core = core_of(self)
+        if not core.takes_gradients():
+            return core.step(losses, present, Owned())
+        owned = core.placed(self.__owned(), [root for result in results.values() for root in result.roots])
+        if any(result.whole for result in results.values()):
             # A gradient has ways past the features too: whole backwards from each loss.
-            return self._step(losses, present, owned)
-        owned.private = [*owned.private, *owned.tied]
-        roots = [[] if result is None or result.roots is None else result.roots for result in found]
+            return core.step(losses, present, owned)
+        if core.level == "features":
+            # There is nothing to compare in what comes after the features.
+            owned.shared_heads, owned.private = [], [*owned.shared_heads, *owned.private, *owned.tied]
+        found, parts = [results.get(name) for name in core.names], len(losses) // len(core.names)
+        roots: list[list[Tensor]] = [[] if result is None else result.roots for result in found]
         leaves = None
         if any(result is not None and result.leaves is not None for result in found):
             leaves = parts * [[] if result is None or result.leaves is None else result.leaves for result in found]
-        return self._step(losses, present, owned, roots=roots * parts, leaves=leaves)
+        return core.step(losses, present, owned, roots=roots * parts, leaves=leaves)
 
     def __owned(self) -> Owned:
         """Who owns the trainable parameters now."""
-        every = self._remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, self._all_own()))
+        every = core_of(self).remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, core_of(self).own()))
         lists = (every.shared, every.shared_heads, every.private, every.tied)
         shared, heads, private, tied = ([p for p in parameters if p.requires_grad] for parameters in lists)
         return Owned(shared, heads, private, tied)

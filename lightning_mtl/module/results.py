@@ -42,8 +42,9 @@ class TaskResult:
         means: the mean loss of each part that is compared: of the whole, or of two halves.
         counts: what each is the mean over; 0 where the task is absent.
         constant: whether the loss has a value, but no gradient: it is logged, and its task is absent.
-        roots: where its head begins; ``None`` where that does not tell the way of the gradient.
+        roots: where its head begins.
         leaves: what its head read in their place, if the graph is cut there.
+        whole: whether a gradient may pass beside the roots, so that only whole backwards from the loss are right.
     """
 
     loss: Tensor
@@ -53,8 +54,9 @@ class TaskResult:
     target: Any
     mask: Tensor | None
     constant: bool
-    roots: list[Tensor] | None
+    roots: list[Tensor]
     leaves: list[Tensor] | None
+    whole: bool = False
 
     @property
     def absent(self) -> bool:

@@ -24,15 +24,16 @@ def shares(
         absent: the loss of a task that has none here.
         owner: whom an error names.
     """
+    # A task without labels keeps its own loss of 0, with a gradient of 0: a head without one would miss its momentum.
     found = [results.get(name) for name in names]
-    # Without any label a loss is 0 with a gradient of 0, and keeps its graph: on every device, for every process alike.
-    losses = [absent if r is None or r.constant else r.means[part] for part in range(parts) for r in found]
+    there = [None if result is None or result.constant else result for result in found]
+    losses = [absent if r is None else r.means[part] for part in range(parts) for r in there]
     if torch.is_grad_enabled() and world_size() == 1:
         _check_some_gradient(results, losses, owner)
     if parts > 1:
-        return halves_to_global(losses, [0 if r is None else r.counts[part] for part in range(parts) for r in found])
+        return halves_to_global(losses, [0 if r is None else r.counts[part] for part in range(parts) for r in there])
     # Among several processes always: another one may lack a label, or a batch, that this one has.
-    losses, present = to_global(losses, [0 if r is None else r.counts[0] for r in found])
+    losses, present = to_global(losses, [0 if r is None else r.counts[0] for r in there])
     sure = present is not None and present.device.type == "cpu" and bool(present.all())
     return losses, None if sure else present
 

@@ -20,6 +20,11 @@ def num_samples(value: Any) -> int:
     return next((len(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the host can look at the numbers without waiting for them."""
+    return tensor.device.type == "cpu"
+
+
 def zero_of(output: Any) -> Tensor:
     """Exactly 0, with a gradient of exactly 0 for all that the output depends on."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -85,4 +90,4 @@ def weighted_mean(loss: Tensor, labelled: Tensor | None, weights: Tensor | None)
         exact = torch.promote_types(loss.dtype, torch.float32)
         total = (weights if labelled is None else weights.where(labelled, 0)).sum(dtype=exact)
         mean = torch.where(total > 0, kept / total.where(total > 0, 1).to(loss.dtype), nothing)
-    return mean, total.item() if total.device.type == "cpu" else total
+    return mean, total.item() if readable(total) else total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_mtl.checks import bad_argument, check_head, check_tensor, shape
-from lightning_mtl.tasks.entries import filled, is_empty, num_samples, spread, weighted_mean, zero_of
+from lightning_mtl.checks import bad_argument, check_head, check_tensor, shape, warn_once
+from lightning_mtl.tasks.entries import filled, is_empty, num_samples, readable, spread, weighted_mean, zero_of
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -67,7 +66,7 @@ class TaskLoss(nn.Module):
                 "Say how the target marks a gap",
             )
         self.head, self.loss, self.missing, self.mask = head, loss, missing, mask
-        self._unchecked, self._said_constant = True, False
+        self._unchecked = True
 
     @property
     def partial(self) -> bool:
@@ -141,7 +140,7 @@ class TaskLoss(nn.Module):
             return zero_of(output), 0
         output, target = self.match(output, target, name)
         labelled = self.labelled(target, mask, name)
-        known = labelled is not None and labelled.device.type == "cpu"
+        known = labelled is not None and readable(labelled)
         if labelled is not None and (labelled.numel() == 0 or (known and not labelled.any())):
             return zero_of(output), 0
         complete = labelled is None or (known and bool(labelled.all()))
@@ -167,14 +166,11 @@ class TaskLoss(nn.Module):
 
     def say_constant(self, name: str) -> None:
         """Warn, once, that the loss of a training batch has no gradient."""
-        if not self._said_constant:
-            warnings.warn(
-                f"{type(self).__name__}: the loss of '{name}' has no gradient in this batch (a number, or a constant "
-                "tensor), so the task is left out of the step. If it should train, remove detach(), no_grad() or "
-                "item() from its head and its loss. Said once.",
-                stacklevel=2,
-            )
-        self._said_constant = True
+        warn_once(
+            self,
+            f"The loss of '{name}' has no gradient in this batch (a number, or a constant tensor), so the task is left "
+            "out of the step. If it should train, remove detach(), no_grad() or item() from its head and its loss.",
+        )
 
     def _check_values(self, target: Any, name: str) -> None:
         """Refuse values that the loss cannot take. In place of a missing label stands another one."""
@@ -220,7 +216,7 @@ class TaskLoss(nn.Module):
 
     def _may_look_at(self, target: Tensor) -> bool:
         """Whether to look at a target's values: where the host would have to wait for them, in the first batch only."""
-        if target.device.type == "cpu":
+        if readable(target):
             return True
         first, self._unchecked = self._unchecked, False
         return first

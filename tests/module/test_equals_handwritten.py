@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch import callbacks
+from lightning.pytorch import callbacks as available
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -30,13 +30,13 @@ class Rate(Callback):
 
 def ema() -> Callback:
     needs("lightning", "2.6", "weight averaging")
-    return callbacks.EMAWeightAveraging(decay=0.9)
+    return available.EMAWeightAveraging(decay=0.9)
 
 
 def weight_averaging() -> Callback:
     needs("lightning", "2.6", "weight averaging")
 
-    class Late(callbacks.WeightAveraging):
+    class Late(available.WeightAveraging):
         def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
             return step_idx is not None and step_idx >= 10
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_mtl import Balanced
 from lightning_mtl.callbacks import BalanceMonitor, ConflictHeatmap, FinalTable
 from tests.nets import loader, module
+from tests.versions import needs
 
 pl = pytest.importorskip("pytorch_lightning")
 
@@ -83,11 +84,17 @@ def test_trains_as_by_hand(balancer, tmp_path):
     torch.testing.assert_close(vector(mine), by_hand(same, balancer))
 
 
-def test_balance_and_callbacks_reach_its_logger(tmp_path):
-    logger = pl.loggers.CSVLogger(tmp_path)
-    callbacks = [ConflictHeatmap(), FinalTable()]
-    fitted = trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=callbacks)
-    fitted.fit(Mine(), loader(64), loader(64))
+@pytest.mark.parametrize("given_to", ["trainer", "module"])
+def test_balance_and_callbacks_reach_its_logger(given_to, tmp_path):
+    logger, model, options = pl.loggers.CSVLogger(tmp_path), Mine(), {"log_every_n_steps": 1}
+    if given_to == "trainer":
+        needs("pytorch_lightning", "2.6", "a Trainer that takes callbacks of the lightning package")
+        options["callbacks"] = [ConflictHeatmap(), FinalTable()]
+    else:
+        own = model.configure_callbacks
+        model.configure_callbacks = lambda: [*own(), ConflictHeatmap(), FinalTable()]
+    fitted = trainer(tmp_path, logger=logger, **options)
+    fitted.fit(model, loader(64), loader(64))
     assert sum(isinstance(callback, BalanceMonitor) for callback in fitted.callbacks) == 1
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

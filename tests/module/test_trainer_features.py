@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch import callbacks
+from lightning.pytorch import callbacks as available
 from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
@@ -71,7 +71,7 @@ def swa_with_batch_norm(given: Given) -> Tensor:
 
 def ema(given: Given) -> Tensor:
     needs("lightning", "2.6", "weight averaging")
-    return given.fit(callbacks=[callbacks.EMAWeightAveraging(decay=0.9)])
+    return given.fit(callbacks=[available.EMAWeightAveraging(decay=0.9)])
 
 
 def detect_anomaly(given: Given) -> Tensor:
@@ -105,6 +105,7 @@ def lr_find(given: Given) -> Tensor:
 
 
 def lr_finder_callback(given: Given) -> Tensor:
+    needs("lightning", "2.5.3", "a fit that goes on after this callback")
     finder = LearningRateFinder(num_training_steps=8, max_lr=1e-2, update_attr=False)
     return given.fit(callbacks=[finder])
 

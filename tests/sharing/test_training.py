@@ -47,7 +47,11 @@ def test_each_head_reads_its_own_encoder():
         assert torch.equal(output, head(module.encoder[name](x)))
 
 
-@pytest.mark.parametrize("balancer", ["pcgrad", "mgda", "gradnorm"])
+# No layer is reached by every task, so GradNorm looks at all parameters.
+EVERYWHERE = {"class_path": "gradnorm", "init_args": {"norms_at": "shared"}}
+
+
+@pytest.mark.parametrize("balancer", ["pcgrad", "mgda", EVERYWHERE], ids=["pcgrad", "mgda", "gradnorm"])
 @pytest.mark.parametrize("level", ["parameters", "features"])
 def test_gradient_balancers_train_it(balancer, level):
     module = soft(balancer, level=level)
@@ -55,6 +59,12 @@ def test_gradient_balancers_train_it(balancer, level):
     fitted(module)
     assert network(module).isfinite().all()
     assert (network(module) != before).all()
+
+
+def test_gradnorm_has_no_layer_to_look_at():
+    with pytest.raises(ValueError, match='Pass norms_at="shared" to the balancer'):
+        fitted(soft("gradnorm"))
+    fitted(soft("gradnorm", level="features"))
 
 
 def test_nothing_is_shared_so_pcgrad_projects_nothing():

@@ -17,7 +17,7 @@ from lightning_mtl import MultiTaskModule
 from lightning_mtl.tasks import MultiLabelTask, RegressionTask, Task
 from tests.nets import WIDTH, loader, mlp, samples, sgd, trainer
 
-SAID = r"Task: the loss of 'off' has no gradient in this batch.*remove detach\(\), no_grad\(\) or item\(\)"
+SAID = r"Task: The loss of 'off' has no gradient in this batch.*remove detach\(\), no_grad\(\) or item\(\)"
 
 
 def off(value: Any, **options: Any) -> Task:
@@ -123,8 +123,8 @@ def test_a_model_trains_without_the_task_and_says_so_once(what, balancer):
             model.zero_grad()
             model.training_step(batch, 0).backward()
     assert [str(warning.message) for warning in said if "'off'" in str(warning.message)] == [
-        "Task: the loss of 'off' has no gradient in this batch (a number, or a constant tensor), so the task is left "
-        "out of the step. If it should train, remove detach(), no_grad() or item() from its head and its loss. Said once."
+        "Task: The loss of 'off' has no gradient in this batch (a number, or a constant tensor), so the task is left "
+        "out of the step. If it should train, remove detach(), no_grad() or item() from its head and its loss."
     ]
     assert model.last_balance.present.tolist() == [True, False]
     assert model.last_balance.weights[1] == 0
@@ -158,7 +158,7 @@ def test_labels_of_one_head_may_be_switched_off_apart():
     tasks = MultiLabelTask(nn.Linear(WIDTH, 2), ["on", "off"]).per_label("y")
     tasks["off"].loss = lambda output, target: 0.5
     output, target = torch.randn(4, 1, requires_grad=True), torch.ones(4, 1)
-    with pytest.warns(UserWarning, match="LabelTask: the loss of 'off' has no gradient"):
+    with pytest.warns(UserWarning, match="LabelTask: The loss of 'off' has no gradient"):
         loss, count = tasks["off"].mean_loss(output, target, "off")
     assert (loss.item(), count) == (0.5, 0)
     assert tasks["on"].mean_loss(output, target, "on")[1] == 4

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, ReconstructionTask, RegressionTask, Task
+from lightning_mtl.tasks import (
+    ClassificationTask,
+    MultiLabelTask,
+    ReconstructionTask,
+    RegressionTask,
+    Task,
+    entries,
+    task_loss,
+)
 
 B, C, K, H, W = 5, 4, 3, 2, 3
 Entry = Callable[[Any, Any], Tensor]
@@ -340,3 +348,39 @@ def test_shapes_meet_or_are_refused(name, output):
 def test_a_loss_of_ones_own_that_grows_is_refused():
     with pytest.raises(ValueError, match="never broadcast"):
         ELEMENTWISE["lambda, gaps"]().mean_loss(torch.zeros(B, 1), torch.zeros(B, 1), "a")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As on a device whose numbers the host would have to wait for: what is known there, is known from shapes."""
+    for file in (entries, task_loss):
+        monkeypatch.setattr(file, "readable", lambda tensor: False)
+
+
+@pytest.mark.parametrize("which", ["all", "some", "none"])
+@pytest.mark.parametrize("name", CASES)
+def test_where_the_host_would_have_to_wait(elsewhere, name, which):
+    case = CASES[name]
+    output, target = data(case)
+    there = labels(case, which)
+    check(case, case.task(mask="m"), (output, target, there), (output, target), there)
+    away = ~there.reshape(*there.shape, *(1 for _ in target.shape[there.ndim :])).expand(target.shape)
+    dirty = target.masked_fill(away, math.nan) if target.is_floating_point() else target.masked_fill(away, -1)
+    check(case, case.task(mask="m"), (output, dirty, there), (output, target), there)
+    _, count = case.task(mask="m").mean_loss(output, dirty, "a", there)
+    assert isinstance(count, Tensor)
+
+
+@pytest.mark.parametrize("classes", [[0, 2, 1], [2, -100, 2], [-100] * 3])
+def test_class_weights_where_the_host_would_have_to_wait(elsewhere, classes):
+    output, target = torch.randn(3, 3, dtype=torch.float64, requires_grad=True), torch.tensor(classes)
+    weights = [0.1, 4.0, 0.0]
+    loss, count = ClassificationTask(nn.Identity(), 3, class_weights=weights).mean_loss(output, target, "a")
+    wanted = F.cross_entropy(output, target, torch.tensor(weights).double())
+    if wanted.isnan():
+        wanted = (output * 0).sum()
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, output), torch.autograd.grad(wanted, output), rtol=1e-6, atol=0
+    )
+    assert float(count) == pytest.approx(sum(weights[c] for c in classes if c >= 0))

@@ -38,17 +38,13 @@ class Features(TaskGradients):
         return self.heads.private
 
     def gram(self) -> Tensor:
-        rows = [[real(grad) for grad in row] for row in self.parts()]
-        self.resolution = resolution(grad.dtype for grad in rows[0])
-        return parts_gram(rows, disjoint=True)
-
-    def parts(self) -> list[list[Tensor]]:
-        """Per task the gradients of its features, zeros where it does not read one."""
         assert self.step.roots is not None
-        return [
-            [zeros_for(root) if grad is None else grad for root, grad in zip(roots, grads, strict=True)]
+        rows = [
+            [real(zeros_for(root) if grad is None else grad) for root, grad in zip(roots, grads, strict=True)]
             for roots, grads in zip(self.step.roots, self.heads.roots, strict=True)
         ]
+        self.resolution = resolution(grad.dtype for grad in rows[0])
+        return parts_gram(rows, disjoint=True)
 
     def combine(self, weights: Tensor) -> Grads:
         factors, heads = self.per_loss(weights), self.heads

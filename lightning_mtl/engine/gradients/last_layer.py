@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import parts_gram
-from lightning_mtl.engine.differentiate import grad_of, real, resolution
+from lightning_mtl.engine.differentiate import grad_of, real, resolution, seeds_for
 from lightning_mtl.engine.gradients.features import Features
 from lightning_mtl.types import Step
 
@@ -23,8 +23,8 @@ class LastLayer(Features):
     def gram(self) -> Tensor:
         assert self.step.roots is not None
         rows = []
-        for roots, seeds in zip(self.step.roots, self.parts(), strict=True):
-            grads = grad_of(roots, self.layer, seeds, keep=True)
+        for roots, read in zip(self.step.roots, self.heads.roots, strict=True):
+            grads = grad_of(roots, self.layer, seeds_for(roots, read), keep=True)
             pairs = zip(grads, self.layer, strict=True)
             rows.append([real(torch.zeros_like(p) if grad is None else grad) for grad, p in pairs])
         self.resolution = resolution(grad.dtype for grad in rows[0])

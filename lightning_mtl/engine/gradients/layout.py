@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -23,6 +24,7 @@ class Layout:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
+        self._shapes = [_shape_and_strides(parameter) for parameter in parameters]
         self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
         self.size = sum(self.sizes)
         self.dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
@@ -46,15 +48,21 @@ class Layout:
             torch._foreach_copy_(views, values)
 
     def gradients(self, row: Tensor) -> list[Tensor]:
-        """A row as one gradient per parameter, dense ones as views."""
+        """A row as one gradient per parameter, dense real ones as views."""
         found = []
         for place, (view, parameter) in enumerate(zip(self._views(row), self.parameters, strict=True)):
-            grad = torch.view_as_complex(view.contiguous()) if parameter.is_complex() else view
+            # Not a view: pairs must begin at an even place.
+            grad = torch.complex(view[..., 0], view[..., 1]) if parameter.is_complex() else view
             if place in self._touched and place not in self._dense:
-                index = torch.cat(self._touched[place]).unique()
-                grad = torch.sparse_coo_tensor(index[None], grad[index], grad.shape, is_coalesced=True)
+                grad = self._sparse(place, grad)
             found.append(grad)
         return found
+
+    def _sparse(self, place: int, grad: Tensor) -> Tensor:
+        # A balancer that remembers gradients moves entries that this step did not touch.
+        moved = grad.reshape(len(grad), -1).any(1).nonzero().flatten()
+        index = torch.cat([*self._touched[place], moved]).unique()
+        return torch.sparse_coo_tensor(index[None], grad[index], grad.shape, is_coalesced=True, check_invariants=False)
 
     def _plain(self, place: int, grad: Tensor) -> Tensor:
         if grad.is_sparse:
@@ -65,17 +73,17 @@ class Layout:
         return real(grad)
 
     def _views(self, row: Tensor) -> list[Tensor]:
-        parts = row.split(self.sizes)
-        return [_like(part, parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+        return [part.as_strided(*like) for part, like in zip(row.split(self.sizes), self._shapes, strict=True)]
 
 
-def _like(part: Tensor, parameter: Tensor) -> Tensor:
-    """A part of a row in the shape, and if they fill it without a gap the strides, of a parameter."""
+def _shape_and_strides(parameter: Tensor) -> tuple[list[int], list[int]]:
+    """Those of a parameter, if it fills its memory without a gap; of pairs of numbers if it is complex."""
+    shape, strides = list(parameter.shape), list(parameter.stride())
+    if not parameter.is_contiguous() and not _fills_memory(parameter):
+        strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
     if parameter.is_complex():
-        return part.view(*parameter.shape, 2)
-    if parameter.is_contiguous() or not _fills_memory(parameter):
-        return part.view(parameter.shape)
-    return part.as_strided(parameter.shape, parameter.stride())
+        return [*shape, 2], [*(2 * stride for stride in strides), 1]
+    return shape, strides
 
 
 def _fills_memory(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import RowExchange, parts_gram
-from lightning_mtl.engine.differentiate import Grads, grad_of, resolution, zeros_for
+from lightning_mtl.engine.differentiate import Grads, grad_of, resolution, seeds_for
 from lightning_mtl.engine.gradients.base import TaskGradients
 from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.engine.gradients.last_layer import layer_of
@@ -51,7 +51,7 @@ class Stored(TaskGradients):
         step = self.step
         assert step.roots is not None
         for task, roots in enumerate(step.roots):
-            seeds = [zeros_for(r) if grad is None else grad for r, grad in zip(roots, heads.roots[task], strict=True)]
+            seeds = seeds_for(roots, heads.roots[task])
             # With one loader per task each task has an encoder graph of its own, used once.
             again = any(later is roots for later in step.roots[task + 1 :])
             self._send(task, [*grad_of(roots, step.shared, seeds, keep=keep or again), *heads.shared_heads[task]])
