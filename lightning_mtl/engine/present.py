@@ -22,6 +22,8 @@ def collect(
     labelled: Labelled | None,
     absent: Tensor,
     owner: object,
+    *,
+    halves: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The losses of a batch in task order, and who is present.
 
@@ -34,12 +36,13 @@ def collect(
         labelled: task name -> what a loss is the mean over (:func:`_count`); by default every process counts the same.
         absent: what stands in for the loss of an absent task.
         owner: whom an error names.
+        halves: whether there are pairs, which a process without any loss cannot see.
 
     Returns: ``T`` scalars, or ``2T``, all first halves before all second ones; and as :func:`to_global`.
     Raises: ``ValueError`` or ``TypeError`` if a loss is no scalar, a count is none, or no loss has a gradient.
     """
     pairs = {name: _shares(losses[name], name, owner) for name in names}
-    parts = max(len(pair) for pair in pairs.values())
+    parts = max([1 + halves, *(len(pair) for pair in pairs.values())])
     for name, pair in pairs.items():
         if losses[name] is not None and len(pair) != parts:
             raise _bad_pair(name, losses[name], owner)

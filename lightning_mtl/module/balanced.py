@@ -173,7 +173,7 @@ class Balanced(_Base):
         core = core_of(self)
         core.check_names(losses, labelled)
         device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), self.device)
-        values, present = collect(losses, core.names, labelled, core.absent_loss(device), self)
+        values, present = collect(losses, core.names, labelled, core.absent_loss(device), self, halves=core.halves)
         owned = Owned()
         if core.takes_gradients():
             core.model.own = self.own_parameters()

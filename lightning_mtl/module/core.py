@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mtl.balancers.base import Balancer, LossBalancer
+from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.engine import Model, Owned, balanced_loss, make_step, reached, world_size
 from lightning_mtl.types import Balance, Root, Step
@@ -65,6 +65,11 @@ class Core:
         """The module's balancer."""
         balancer: Balancer = self.owner.balancer
         return balancer
+
+    @property
+    def halves(self) -> bool:
+        """Whether the balancer compares two halves of a batch."""
+        return isinstance(self.balancer, GramBalancer) and self.balancer.halves
 
     def remembered(self, name: str, make: Callable[[], _Made]) -> _Made:
         """What walking all modules would find again in every step, kept until the next epoch or optimizer."""

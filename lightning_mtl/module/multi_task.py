@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.balancers.base import GramBalancer
 from lightning_mtl.balancers.registry import BalancerSpec
 from lightning_mtl.checks import bad_argument, check_choice
 from lightning_mtl.engine import Owned, declared
@@ -131,7 +130,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The balanced loss of a batch; its value is the objective, or the plain sum of the losses."""
         apart = core_of(self).takes_gradients()
-        halved = apart and isinstance(self.balancer, GramBalancer) and self.balancer.halves
+        halved = apart and core_of(self).halves
         results = self.__run(batch, apart=apart, halved=halved)
         losses, present = shares(results, core_of(self).names, 1 + halved, core_of(self).absent_loss(self.device), self)
         num = len(core_of(self).names)

@@ -16,12 +16,12 @@ from tests.nets import BALANCERS, GRAM_BALANCERS
 
 PAIRS = [(balancer, "parameters") for balancer in BALANCERS] + [(balancer, "features") for balancer in GRAM_BALANCERS]
 RUNS = [
-    *(Run(*pair, model=model) for pair, model in product(PAIRS, ("lopsided", "few_found"))),
+    *(Run(*pair, model=model) for pair, model in product(PAIRS, ("lopsided", "detections"))),
     *(Run(*pair, model="forces") for pair in PAIRS[:4]),
-    *(Run(balancer, model="few_found", ddp="bucket_view", accumulate=2) for balancer in ("fixed", "pcgrad")),
+    *(Run(balancer, model="detections", ddp="bucket_view", accumulate=2) for balancer in ("fixed", "pcgrad")),
 ]
 LOGS = [
-    Run(balancer, do="logs", model=model) for balancer in ("fixed", "pcgrad") for model in ("lopsided", "few_found")
+    Run(balancer, do="logs", model=model) for balancer in ("fixed", "pcgrad") for model in ("lopsided", "detections")
 ]
 SWITCHED = [Run(balancer, model="switched") for balancer in BALANCERS]
 

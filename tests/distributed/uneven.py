@@ -146,12 +146,12 @@ def forces() -> dict[str, Task]:
 DATA: dict[str, tuple[Callable[..., Part], list[Any]]] = {
     "lopsided": (rows, SIZES),
     "switched": (rows, SIZES),
-    "few_found": (images, FOUND),
+    "detections": (images, FOUND),
     "forces": (positions, SIZES),
 }
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Task]]]] = {
     "lopsided": (mlp, complete),
-    "few_found": (Instances, found),
+    "detections": (Instances, found),
     "forces": (Potential, forces),
 }
 
