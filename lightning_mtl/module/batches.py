@@ -87,12 +87,13 @@ class BatchForm:
         elif _has_mapping(batch):
             inputs, targets = batch
             # A mapping without any target is a part of the input, such as meta data.
-            if not self.strict or not targets or _used(tasks) & set(targets):
+            if not self.strict or not targets or not _used(tasks).isdisjoint(targets):
                 return [Group(inputs, targets, tasks.names)]
         return None
 
     def _check_targets(self, targets: Mapping[str, Any], tasks: TaskRegistry) -> None:
-        unknown = [key for key in targets if key not in _used(tasks)]
+        used = _used(tasks)
+        unknown = [key for key in targets if key not in used]
         if unknown:
             raise bad_argument(
                 self.owner,

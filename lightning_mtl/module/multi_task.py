@@ -136,11 +136,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         num = len(core_of(self).names)
         whole = [a + b for a, b in zip(losses[:num], losses[num:], strict=True)] if halved else losses
         log_training(self, self.tasks, results, whole, present, metrics=self.__train_metrics)
-        loss = core_of(self).loss(self.__step(results, losses, present))
-        if loss.requires_grad or not torch.is_grad_enabled():
-            return loss
-        # No task has a label: a step with gradients of zero.
-        return loss + sum(0 * parameter.flatten()[:1].real.sum() for parameter in self.own_parameters())
+        return core_of(self).loss(self.__step(results, losses, present))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log losses and metrics under ``val/``."""

@@ -60,7 +60,7 @@ class TaskResult:
 
     @property
     def absent(self) -> bool:
-        """Whether it is known without waiting for a device that the task takes no part in the step."""
+        """Whether it is known without waiting for a device that there is no label."""
         return all(not isinstance(count, Tensor) and count == 0 for count in self.counts)
 
 
