@@ -15,7 +15,7 @@ from lightning_mtl.engine import LEVELS, Labelled, Owned, TaskLoss, collect, fou
 from lightning_mtl.module.checkpoints import fit_balancer_state
 from lightning_mtl.module.core import ATTRIBUTE, Core, core_of
 from lightning_mtl.module.hyper_parameters import Unseen, keep_ours, without_modules, written
-from lightning_mtl.module.lifecycle import add_ours, with_ours
+from lightning_mtl.module.lifecycle import HOOKS, add_ours, with_ours
 from lightning_mtl.module.names import PUBLIC, arguments_of, check_class, check_module, constructor, replacement
 
 if TYPE_CHECKING:
@@ -188,7 +188,9 @@ class Balanced(_Base):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in PUBLIC:
             value = replacement(self, name, value)
-        super().__setattr__(name, with_ours(self, name, value))
+        elif name in HOOKS:
+            value = with_ours(self, name, value)
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if ATTRIBUTE in vars(self):  # a class may load something before this one is made

@@ -128,7 +128,7 @@ def _bring_callbacks(module: Any, given: Any) -> list[Any]:
 
 #: Ours are called after those of the class, with the module and what these returned. Each may be called again when a
 #: class calls ``super()``, and then changes nothing.
-_HOOKS: dict[str, Callable[..., Any]] = {
+HOOKS: dict[str, Callable[..., Any]] = {
     "configure_callbacks": _bring_callbacks,
     "on_save_checkpoint": save,
     "on_load_checkpoint": load,
@@ -138,7 +138,7 @@ _OURS = "_with_ours"
 
 def add_ours(cls: type) -> None:
     """Let the hooks that a class has, or inherits, end with ours, so that no override can lose them."""
-    for name, ours in _HOOKS.items():
+    for name, ours in HOOKS.items():
         theirs = getattr(cls, name, None)
         if theirs is not None and not hasattr(theirs, _OURS):
             setattr(cls, name, _followed(theirs, ours))
@@ -146,7 +146,7 @@ def add_ours(cls: type) -> None:
 
 def with_ours(module: Any, name: str, value: Any) -> Any:
     """As :func:`add_ours`, for a hook that is set on one module."""
-    return partial(_call_both, value, _HOOKS[name], module) if name in _HOOKS and callable(value) else value
+    return partial(_call_both, value, HOOKS[name], module) if callable(value) else value
 
 
 def _followed(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

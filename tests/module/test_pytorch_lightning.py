@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_mtl import Balanced
 from lightning_mtl.callbacks import BalanceMonitor, ConflictHeatmap, FinalTable
+from lightning_mtl.module.trainer_checks import check_trainer
 from tests.nets import loader, module
 from tests.versions import needs
 
@@ -124,10 +125,9 @@ def test_its_accumulation_schedule_is_seen(tmp_path):
     fitted = trainer(tmp_path, callbacks=[schedule])
     fitted.fit(Mine(), loader(64))
     assert fitted.global_step == 4 + 2
-    static = Mine()
-    static.trainer = trainer(tmp_path, callbacks=[schedule], strategy=pl.strategies.DDPStrategy(static_graph=True))
+    static = trainer(tmp_path, callbacks=[schedule], strategy=pl.strategies.DDPStrategy(static_graph=True))
     with pytest.raises(ValueError, match=r"Trainer\(accumulate_grad_batches=...\).*got 2"):
-        static.setup("fit")
+        check_trainer(static, Mine(), compares_gradients=True)
 
 
 def test_a_declared_module_belongs_to_the_lightning_package(tmp_path):

@@ -169,7 +169,8 @@ def test_what_is_refused_in_the_class_itself_and_what_is_meant():
         balancer = "pcgrad"
 
     with pytest.raises(
-        TypeError, match=r"class attribute Attribute\.balancer\. Remove it and write super\(\).__init__\("
+        TypeError,
+        match=r"class attribute Attribute\.balancer\. Rename yours; if it is meant to say which balancer, write super\(\).__init__\(",
     ):
         made(Attribute)
 
