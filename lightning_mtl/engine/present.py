@@ -43,7 +43,7 @@ def collect(
     Raises: ``ValueError`` or ``TypeError`` if a loss is no scalar, a count is none, or no loss has a gradient.
     """
     pairs = {name: _shares(losses[name], name, owner) for name in names}
-    parts = max([1 + halves, *(len(pair) for pair in pairs.values())])
+    parts = max((len(pair) for pair in pairs.values() if pair), default=1 + halves)
     for name, pair in pairs.items():
         if losses[name] is not None and len(pair) != parts:
             raise _bad_pair(name, losses[name], owner)

@@ -116,7 +116,7 @@ class Balanced(_Base):
             raise bad_argument(
                 self,
                 "tasks",
-                "be distinct, non-empty names without dot, slash or space",
+                "be distinct, non-empty names",
                 repr(tasks),
                 "Name every task once",
             )
