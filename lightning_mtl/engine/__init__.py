@@ -8,6 +8,7 @@ balancer (``balanced_backward``), hand the combination to autograd (``node``).
 from lightning_mtl.engine.collectives import mean_over_ranks as mean_over_ranks
 from lightning_mtl.engine.collectives import world_size as world_size
 from lightning_mtl.engine.compiled import allow_several_backwards as allow_several_backwards
+from lightning_mtl.engine.differentiate import as_plain as as_plain
 from lightning_mtl.engine.features import boundary as boundary
 from lightning_mtl.engine.features import leaves_per_head as leaves_per_head
 from lightning_mtl.engine.features import tensors_of as tensors_of

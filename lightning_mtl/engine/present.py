@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mtl.checks import bad_argument, check_task_loss, warn_once
 from lightning_mtl.engine.collectives import label_counts, world_size
+from lightning_mtl.engine.differentiate import as_plain
 
 TaskLoss = Tensor | float | tuple[Tensor, Tensor] | None
 Labelled = Mapping[str, Tensor | int]
@@ -126,7 +127,7 @@ def _shares(loss: TaskLoss, name: str, owner: object) -> Sequence[Tensor]:
         check_task_loss(value, name, owner)
         assert isinstance(value, Tensor)
         # A subclass (with labels, with meta data) has no use for them in a sum of losses.
-        value = value if type(value) is Tensor else value.as_subclass(Tensor)
+        value = as_plain(value)
         found.append(value / len(parts) if len(parts) > 1 else value)
     return found
 

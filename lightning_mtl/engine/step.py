@@ -135,7 +135,7 @@ def _chosen(shared: Iterable[Tensor] | str, losses: Sequence[Tensor], model: Mod
     own = reached(losses, model.owner) if model.own is None else model.own
     if shared == "all":
         return list(own)
-    told = [] if isinstance(shared, str | Tensor) else list(shared)
+    told = list(shared) if isinstance(shared, Iterable) and not isinstance(shared, str | Tensor) else []
     if not told or not all(isinstance(parameter, Tensor) for parameter in told):
         raise bad_argument(
             model.owner, "shared", 'be "all" or an iterable of parameters', repr(shared), "Pass encoder.parameters()"

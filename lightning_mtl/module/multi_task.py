@@ -15,6 +15,7 @@ from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, check_choice, listed, shape
 from lightning_mtl.engine import (
     Owned,
+    as_plain,
     declared,
     halves_to_global,
     leaves_per_head,
@@ -227,6 +228,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             else:
                 loss, count = task.mean_loss(output, target, name, mask)
                 means, counts = (loss,), (count,)
+            # A subclass (with labels, with meta data) has no use for them in a sum of losses.
+            loss, means = as_plain(loss), tuple(as_plain(mean) for mean in means)
             leaves = leaf_lists.get(id(copy))
             if torch.is_grad_enabled() and not loss.requires_grad and trains(task, copy):
                 raise bad_argument(
