@@ -98,7 +98,7 @@ def backward(
     if balancer.names is None:
         balancer.bind(names)
     device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
-    values, present = collect(losses, names, labelled, torch.zeros((), device=device), _WHO)
+    values, present = collect(losses, names, labelled, torch.zeros((), device=device), _WHO, balancer)
     done: list[Balance] = []
     owned, model = Owned(), Model(_WHO)
     if not isinstance(balancer, LossBalancer):

@@ -184,9 +184,7 @@ def test_pairs_that_were_stacked_are_refused_and_right_with_the_features(method,
 def test_pairs_for_a_method_that_compares_none_are_refused_and_one_loss_each_is_right(method, loop):
     net = a_net()
     losses, _ = halves(net)
-    with pytest.raises(
-        ValueError, match=r"`losses` must hold 1 per task, got 4 for 2 tasks\..*any other one loss per"
-    ):
+    with pytest.raises(ValueError, match=r"`losses` must hold 1 per task, got 4 for 2 tasks\..*any other one loss per"):
         step(loop, net, losses, method)
     net = a_net()
     sums = {name: (one + other) / 2 for name, (one, other) in halves(net)[0].items()}
