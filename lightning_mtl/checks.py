@@ -195,9 +195,9 @@ def check_task_loss(loss: object, name: str, owner: object) -> None:
         )
 
 
-def warn_once(owner: object, text: str) -> None:
-    """Warn, unless this owner has said the same before."""
-    said = getattr(owner, "__dict__", {}).setdefault("_said", set())
+def warn_once(owner: object, text: str, memory: object | None = None) -> None:
+    """Warn, unless this owner, or what remembers for it where it is a name, has said the same before."""
+    said = vars(owner if memory is None else memory).setdefault("_said", set())
     if text not in said:
         said.add(text)
         warnings.warn(f"{owner if isinstance(owner, str) else type(owner).__name__}: {text}", stacklevel=3)

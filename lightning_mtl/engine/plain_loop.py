@@ -98,9 +98,8 @@ def backward(
     if balancer.names is None:
         balancer.bind(names)
     device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
-    values, present = collect(
-        losses, names, labelled, torch.zeros((), device=device), _WHO, halves=getattr(balancer, "halves", False)
-    )
+    halves, absent = getattr(balancer, "halves", False), torch.zeros((), device=device)
+    values, present = collect(losses, names, labelled, absent, _WHO, balancer, halves=halves)
     done: list[Balance] = []
     owned, model = Owned(), Model(_WHO)
     if not isinstance(balancer, LossBalancer):

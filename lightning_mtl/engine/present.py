@@ -23,6 +23,7 @@ def collect(
     labelled: Labelled | None,
     absent: Tensor,
     owner: object,
+    memory: object | None = None,
     *,
     halves: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:
@@ -37,6 +38,7 @@ def collect(
         labelled: task name -> what a loss is the mean over (:func:`_count`); by default every process counts the same.
         absent: what stands in for the loss of an absent task.
         owner: whom an error names.
+        memory: what remembers the warnings that were given, if not the owner.
         halves: whether there are pairs, which a process without any loss cannot see.
 
     Returns: ``T`` scalars, or ``2T``, all first halves before all second ones; and as :func:`to_global`.
@@ -55,7 +57,7 @@ def collect(
         # Of a task without labels not the loss itself: the mean of nothing is NaN.
         value: Sequence[Tensor] = pairs[name] if count else (absent,) * parts
         if count and torch.is_grad_enabled() and not any(part.requires_grad for part in value):
-            _say_constant(name, owner)
+            _say_constant(name, owner, memory)
             count, value = 0, [part + absent for part in value]
         values.append(value)
         counts.append(count)
@@ -147,11 +149,12 @@ def _bad_pair(name: str, loss: object, owner: object) -> Exception:
     )
 
 
-def _say_constant(name: str, owner: object) -> None:
+def _say_constant(name: str, owner: object, memory: object | None) -> None:
     warn_once(
         owner,
         f"The loss of {name!r} has no gradient, so the task counts as absent in this batch. If it is not switched off "
         "on purpose, compute its loss without detach(), no_grad() or item().",
+        memory,
     )
 
 
@@ -178,7 +181,8 @@ def _count(value: object, name: str, owner: object) -> Tensor:
         if value.dtype == torch.bool or (value.is_floating_point() and value.ndim):
             # A negative weight or NaN anywhere must show in the sum.
             return torch.where((value >= 0).all(), value.sum(dtype=torch.float64), -1.0).cpu()
-        if value.numel() == 1 and (not value.is_floating_point() or float(value).is_integer()):
+        whole = value.numel() == 1 and not value.is_complex()
+        if whole and (not value.is_floating_point() or float(value).is_integer()):
             return value.reshape(()).double().cpu()
     raise _bad_count(name, value, owner)
 
