@@ -29,7 +29,7 @@ def conflict(losses: Sequence[Tensor], shared: Sequence[Tensor]) -> bool:
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True, materialize_grads=True)])
         for loss in losses
     )
-    return float(a @ b) < 0
+    return (a @ b).item() < 0
 
 
 def assert_update(model: nn.Module, losses: Sequence[Tensor], shared: Sequence[nn.Parameter]) -> None:

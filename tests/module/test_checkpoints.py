@@ -10,14 +10,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_mtl import Balanced, to_plain_checkpoint
 from tests.module.written import Net, Step, batches
 from tests.nets import trainer
+from tests.versions import TENSORS_ONLY, needs
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+def averaging() -> Callback:
+    needs("lightning", "2.6", "weight averaging")
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    return EMAWeightAveraging(decay=0.9)
 
 
 def balancers_own(model: Any) -> list[Tensor]:
@@ -111,7 +119,7 @@ def new(balancer: Any, build: Any = all_in_one) -> Any:
 
 def fit(model: Any, epochs: int, resume: Path | None = None) -> L.Trainer:
     go = trainer(max_epochs=epochs, limit_val_batches=0)
-    go.fit(model, batches(), ckpt_path=resume, weights_only=None if resume is None else True)
+    go.fit(model, batches(), ckpt_path=resume, **({} if resume is None else TENSORS_ONLY))
     return go
 
 
@@ -406,7 +414,7 @@ def test_what_is_no_checkpoint_is_refused():
 @pytest.mark.parametrize("balancer", ["pcgrad", "gradnorm", "uncertainty", "moco"])
 def test_a_checkpoint_of_averaged_weights_has_the_live_balancer(balancer, tmp_path):
     model = new(balancer)
-    go = trainer(max_epochs=2, limit_val_batches=0, callbacks=[EMAWeightAveraging(decay=0.9)])
+    go = trainer(max_epochs=2, limit_val_batches=0, callbacks=[averaging()])
     live: list[dict[str, Tensor]] = []
     inner = model.balancer.state_dict
 
@@ -424,13 +432,13 @@ def test_a_checkpoint_of_averaged_weights_has_the_live_balancer(balancer, tmp_pa
         checkpoint["state_dict"]["encoder.weight"], checkpoint["current_model_state"]["encoder.weight"]
     )
     again = new(balancer)
-    go = trainer(max_epochs=3, limit_val_batches=0, callbacks=[EMAWeightAveraging(decay=0.9)])
+    go = trainer(max_epochs=3, limit_val_batches=0, callbacks=[averaging()])
     go.fit(again, batches(), ckpt_path=tmp_path / "1.ckpt")
     if "balancer.step" in live[1]:
         assert int(again.balancer.step) == 12
     other = new("fixed")
     with pytest.warns(UserWarning, match="starts afresh"):
-        trainer(max_epochs=3, limit_val_batches=0, callbacks=[EMAWeightAveraging(decay=0.9)]).fit(
+        trainer(max_epochs=3, limit_val_batches=0, callbacks=[averaging()]).fit(
             other, batches(), ckpt_path=tmp_path / "1.ckpt"
         )
 
