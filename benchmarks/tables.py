@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +21,6 @@ NETS = {
     "resnet18": "ResNet-18 of width 32, batch 16",
     "resnet50": "ResNet-50, batch 128",
 }
-DIVERGED = 1000.0  # percent
 Row = list[str]
 
 
@@ -57,41 +54,10 @@ def guarantees(stored: dict[str, Any]) -> Iterator[Row]:
         yield [method, residual, *cells]
 
 
-def delta(values: list[float]) -> str:
-    if not all(math.isfinite(value) and value < DIVERGED for value in values):
-        return "diverged"
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
-def settings(stored: dict[str, Any]) -> Iterator[Row]:
-    """Every setting of a method, how it ranks among that method's, and by how much it is worse than equal weights."""
-    of = by_arm(stored)
-    problems = list(of["equal"])
-    means = {arm: [statistics.fmean(found[problem]) for problem in problems] for arm, found in of.items()}
-    kinds = {arm: arm.partition(",")[0] for arm in of if ", alpha" in arm or ", rate" in arm if "first" not in arm}
-    yield ["setting", *problems, "mean rank", "at worst, over equal"]
-    yield ["equal", *(delta(of["equal"][problem]) for problem in problems), "", ""]
-    for arm, kind in kinds.items():
-        rivals = [means[other] for other, its_kind in kinds.items() if its_kind == kind]
-        ranks = [1 + sum(rival[n] < mine for rival in rivals) for n, mine in enumerate(means[arm])]
-        worst = max(mine - equal for mine, equal in zip(means[arm], means["equal"], strict=True))
-        shown = f"{worst:+.1f}" if worst < DIVERGED else "diverged"
-        yield [arm, *(delta(of[arm][problem]) for problem in problems), f"{statistics.fmean(ranks):.1f}", shown]
-
-
-def by_arm(stored: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Arm -> problem -> delta m per seed."""
-    of: dict[str, dict[str, list[float]]] = {}
-    for result in stored["results"]:
-        of.setdefault(result["arm"], {})[result["problem"]] = result["delta_m"]
-    return of
-
-
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "step_cost": ("cpu.json", step_cost),
     "solvers": ("solvers.json", solvers),
     "guarantees": ("guarantees.json", guarantees),
-    "settings": ("defaults.json", settings),
 }
 
 
