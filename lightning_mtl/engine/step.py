@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -131,7 +132,10 @@ def make_step(
         step.last_layer = last_layer(step, model, layer)
     if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
         numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
-        step.layers = [numbers[id(parameter)] for parameter in (*owned.shared, *owned.shared_heads)]
+        # What no module has (it comes from an optimizer) is a layer by itself.
+        apart = count(len(model.modules))
+        every = [*owned.shared, *owned.shared_heads]
+        step.layers = [numbers[id(p)] if id(p) in numbers else next(apart) for p in every]
     return step
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from lightning_mtl.checks import bad_argument, listed
-from lightning_mtl.engine import Owned, reached, tensors_of
+from lightning_mtl.engine import Model, Owned, reached, tensors_of
 from lightning_mtl.module.results import Encoded, TaskResult
 
 
@@ -67,11 +67,10 @@ def check_only_features(results: Iterable[TaskResult], owned: Owned, model: nn.M
     encoder = {id(p) for p in owned.shared} - {id(p) for p in owned.tied}
     beside = [leaf for leaf in reached([result.loss for result in results], model) if id(leaf) in encoder]
     if beside:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
         raise bad_argument(
             model,
             "encoder",
             "return everything that heads and losses read of it",
-            f"losses that also reach {listed(names[id(p)] for p in beside[:3])} beside the features",
+            f"losses that also reach {Model(model).named(beside)} beside the features",
             "Return these tensors as features too, or use Balanced without features=",
         )

@@ -209,27 +209,27 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             results = run_heads(parts, self.tasks, cut=False, halved=halved)
         if cut:
             # Here by name; another step may take another way, so every backward looks again.
-            owned = self.__owned()
+            owned = self.__owned(results)
             core_of(self).remembered("only features", lambda: check_only_features(results.values(), owned, self))
         for result in results.values():
             result.whole = apart and not cut
         return results
 
     def __may_cut(self, parts: Sequence[Encoded]) -> bool:
-        own = core_of(self).remembered("ids", lambda: {id(parameter) for parameter in self.parameters()})
+        own = core_of(self).remembered("ids", lambda: {id(parameter) for parameter in core_of(self).own()})
         inputs = inputs_in_reach(parts, own)
         if core_of(self).level == "features":
             check_features_can_be_cut(parts, inputs, self)
             return True
         hidden = core_of(self).remembered("inputs", lambda: inputs_behind(parts, own, self))
-        past = self.__in_place or self.__owned().tied or any(part.unknown for part in parts)
+        past = self.__in_place or self.__owned({}).tied or any(part.unknown for part in parts)
         return not (inputs or hidden or past)
 
     def __step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         core = core_of(self)
         if not core.takes_gradients():
             return core.step(losses, present, Owned())
-        owned = core.placed(self.__owned(), [root for result in results.values() for root in result.roots])
+        owned = self.__owned(results)
         if any(result.whole for result in results.values()):
             # A gradient has ways past the features too: whole backwards from each loss.
             return core.step(losses, present, owned)
@@ -243,12 +243,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             leaves = parts * [[] if result is None or result.leaves is None else result.leaves for result in found]
         return core.step(losses, present, owned, roots=roots * parts, leaves=leaves)
 
-    def __owned(self) -> Owned:
-        """Who owns the trainable parameters now."""
+    def __owned(self, results: Mapping[str, TaskResult]) -> Owned:
+        """Who owns the trainable parameters now; the results tell of those that no module has."""
         every = core_of(self).remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, core_of(self).own()))
         lists = (every.shared, every.shared_heads, every.private, every.tied)
         shared, heads, private, tied = ([p for p in parameters if p.requires_grad] for parameters in lists)
-        return Owned(shared, heads, private, tied)
+        roots = [root for result in results.values() for root in result.roots]
+        return core_of(self).placed(Owned(shared, heads, private, tied), roots)
 
 
 def _layer_of(encoder: nn.Module, layer: nn.Module | str | None, owner: object) -> nn.Module | None:

@@ -107,7 +107,9 @@ def _behind(cls: type, ours: type) -> tuple[type, ...]:
 
 def _parameters(init: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters of a constructor but ``self``, with types instead of their names where these can be found."""
-    signature = inspect.signature(init)
-    with suppress(Exception):  # a name known to type checkers only
-        signature = inspect.signature(init, eval_str=True)
-    return list(signature.parameters.values())[1:]
+    found: list[inspect.Parameter] = []
+    # The first fails for some classes that are not written in Python, the second for names known to type checkers only.
+    for types in (False, True):
+        with suppress(Exception):
+            found = list(inspect.signature(init, eval_str=types).parameters.values())
+    return found[1:]
