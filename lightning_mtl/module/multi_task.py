@@ -179,6 +179,16 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         options = {"scheduler": scheduler, "interval": self.__lr_interval, "monitor": "val/loss"}
         return {"optimizer": optimizer, "lr_scheduler": options}
 
+    def to_torchscript(self, file_path: Any = None, method: str | None = "script", *args: Any, **kwargs: Any) -> Any:
+        """As in any LightningModule, by tracing: a script knows neither tasks by name nor features of any structure.
+
+        Raises: ``ValueError`` if the method is "script".
+        """
+        if method == "script":
+            cure = 'Pass method="trace", strict=False and example_inputs=, or script the encoder and the heads'
+            raise bad_argument(self, "method", 'be "trace"', "'script'", cure)
+        return super().to_torchscript(file_path, method, *args, **kwargs)
+
     def __learned(self) -> list[Tensor]:
         return [parameter for parameter in self.balancer.parameters() if parameter.requires_grad]
 
