@@ -185,8 +185,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         Raises: ``ValueError`` if the method is "script".
         """
         if method == "script":
-            cure = 'Pass method="trace", strict=False and example_inputs=, or script the encoder and the heads'
-            raise bad_argument(self, "method", 'be "trace"', "'script'", cure)
+            raise bad_argument(
+                self,
+                "method",
+                'be "trace"',
+                "'script'",
+                'Pass method="trace", strict=False and example_inputs=, or script the encoder and the heads',
+            )
         return super().to_torchscript(file_path, method, *args, **kwargs)
 
     def __learned(self) -> list[Tensor]:
