@@ -24,7 +24,7 @@ class GradNorm(GramBalancer):
     Args:
         num_tasks: ``T``.
         alpha: pull towards equal training rates, >= 0. 0 makes all norms equal; the paper has 1.5 (NYUv2), 0.12 (toy).
-            The default is what did least harm over ten problems (``benchmarks/defaults.py``).
+            The default is what did least harm over eight problems (``benchmarks/defaults.py``).
         lr: of the Adam that moves the weights (the paper's 0.025).
         norms_at: "last_layer" (the paper's ``W``) or all "shared" parameters; at level "features" the features.
         loss_offset: for losses that can go negative a lower bound, subtracted before ratios are formed.
