@@ -105,8 +105,9 @@ def _proximal(unit: Array, linear: Array, ridge: float) -> Array:
 def _pivoting(raised: Array, linear: Array, support: Array | None = None) -> Array:
     """The minimisers for rows that do not depend on each other; found faster near their support."""
     found, solved = _block_pivoting(raised, linear, support)
-    for index in np.flatnonzero(~solved):
-        found[index] = _single_pivoting(raised, linear[index])
+    if not solved.all():
+        for index in np.flatnonzero(~solved):
+            found[index] = _single_pivoting(raised, linear[index])
     return found
 
 
@@ -140,20 +141,23 @@ def _block_pivoting(unit: Array, linear: Array, support: Array | None = None) ->
         bound = _tolerance(largest, y)
         wrong = np.where(chosen, y, slope + bound) < 0
         count = wrong.sum(1)
-        done = count == 0
-        # Not so where the system was too near to singular to be solved well.
-        fine = done & (np.abs(slope * chosen) <= bound).all(1)
-        result[left], solved[left] = y, fine
-        if done.all():
-            break
+        result[left] = y
+        if not count.all():
+            done = count == 0
+            # Not so where the system was too near to singular to be solved well.
+            solved[left] = done & (np.abs(slope * chosen) <= bound).all(1)
+            if done.all():
+                break
         improved = count < fewest
         fewest = np.minimum(count, fewest)
         patience = np.where(improved, 3, patience - 1)
-        # Without progress for three rounds only the last wrong index moves, which cannot cycle (Murty 1974).
-        last = size - 1 - wrong[:, ::-1].argmax(1)
-        only_last = wrong & (np.arange(size) == last[:, None])
-        chosen = chosen ^ np.where((patience > 0)[:, None], wrong, only_last)
-        more = ~done
+        if (patience <= 0).any():
+            # Without progress for three rounds only the last wrong index moves, which cannot cycle (Murty 1974).
+            last = size - 1 - wrong[:, ::-1].argmax(1)
+            only_last = wrong & (np.arange(size) == last[:, None])
+            wrong = np.where((patience > 0)[:, None], wrong, only_last)
+        chosen = chosen ^ wrong
+        more = count > 0
         left, chosen, aim = left[more], chosen[more], aim[more]
         largest, fewest, patience = largest[more], fewest[more], patience[more]
     return result, solved
