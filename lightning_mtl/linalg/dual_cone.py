@@ -40,7 +40,7 @@ def cancelling(unit: Array, resolution: float = EXACT) -> Array:
     while left.any():
         # The shortest combination with weights >= 1. What is at an acute angle to it is part of none that is zero.
         inside = unit[left][:, left]
-        weights = 1 + _pivoting(inside + _noise(unit, resolution) * np.eye(len(inside)), inside.sum(0)[None], None)[0]
+        weights = 1 + _pivoting(inside + _noise(unit, resolution) * np.eye(len(inside)), inside.sum(0)[None])[0]
         if is_nothing(inside, weights[None], resolution)[0]:
             together[left] = weights
             break
@@ -68,25 +68,32 @@ def _noise(unit: Array, resolution: float) -> float:
 def nonnegative_qp(unit: Array, linear: Array, resolution: float = EXACT) -> Array:
     r"""Minimise :math:`\tfrac12 y^\top C y + q^\top y` over :math:`y \ge 0`, a batch of them at once.
 
-    Block principal pivoting (Judice and Pires, Computers & OR 21, 1994) on the whole batch. Where ``y`` is so large
-    that the rounding of the rows shows in it, or there is no minimum, because ``q`` asks for what the rows forbid,
-    a few rounds of the proximal point method instead (Rockafellar, SIAM J. Control Optim. 14, 1976): in each ``y`` may
-    move at a price. It comes to what the rows clearly ask for, and hardly moves where only their rounding asks.
+    Block principal pivoting (Judice and Pires, Computers & OR 21, 1994) on the whole batch. Where rows nearly depend on
+    each other, their rounding can ask for large ``y``, and where ``q`` asks for what they forbid there is no minimum:
+    there a few rounds of the proximal point method (Rockafellar, SIAM J. Control Optim. 14, 1976), in each of which
+    ``y`` may move at a price. It comes to what the rows clearly ask for, and hardly moves where only rounding asks.
 
     Shapes: unit ``[T, T]``, diagonal 1 or 0, linear ``[B, T]`` -> ``[B, T]``.
     """
     if (linear >= 0).all():
         return np.zeros_like(linear)
-    found, solved = _block_pivoting(unit, linear)
-    solved &= found.max(1) <= np.abs(linear).max(1) / math.sqrt(max(resolution, _RIDGE))
-    if not solved.all():
-        found[~solved] = _proximal(unit, linear[~solved], resolution)
-    return found
-
-
-def _proximal(unit: Array, linear: Array, resolution: float) -> Array:
-    """See :func:`nonnegative_qp`: the minimum with ``ridge / 2`` times the square of the way from the ``y`` before."""
     ridge = max(resolution, _RIDGE)
+    return _pivoting(unit, linear) if _independent(unit, ridge) else _proximal(unit, linear, ridge)
+
+
+def _independent(unit: Array, ridge: float) -> bool:
+    """Whether so much so that the price would change nothing: no eigenvalue below ten times it."""
+    shifted = unit.copy()
+    shifted.flat[:: len(unit) + 1] = 1 - 10 * ridge  # where a row is zero too
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _proximal(unit: Array, linear: Array, ridge: float) -> Array:
+    """See :func:`nonnegative_qp`: the minimum with ``ridge / 2`` times the square of the way from the ``y`` before."""
     raised, y, still = unit + ridge * np.eye(len(unit)), np.zeros_like(linear), _STILL * float(np.abs(linear).max())
     for count in range(_ROUNDS):
         before, y = y, _pivoting(raised, linear - ridge * y, y > 0 if count else None)
@@ -95,11 +102,12 @@ def _proximal(unit: Array, linear: Array, resolution: float) -> Array:
     return y
 
 
-def _pivoting(raised: Array, linear: Array, support: Array | None) -> Array:
-    """The minimisers, which are unique for rows that do not depend on each other; found faster near their support."""
+def _pivoting(raised: Array, linear: Array, support: Array | None = None) -> Array:
+    """The minimisers for rows that do not depend on each other; found faster near their support."""
     found, solved = _block_pivoting(raised, linear, support)
-    for index in np.flatnonzero(~solved):
-        found[index] = _single_pivoting(raised, linear[index])
+    if not solved.all():
+        for index in np.flatnonzero(~solved):
+            found[index] = _single_pivoting(raised, linear[index])
     return found
 
 
@@ -133,20 +141,23 @@ def _block_pivoting(unit: Array, linear: Array, support: Array | None = None) ->
         bound = _tolerance(largest, y)
         wrong = np.where(chosen, y, slope + bound) < 0
         count = wrong.sum(1)
-        done = count == 0
-        # Not so where the system was too near to singular to be solved well.
-        fine = done & (np.abs(slope * chosen) <= bound).all(1)
-        result[left], solved[left] = y, fine
-        if done.all():
-            break
+        result[left] = y
+        if not count.all():
+            done = count == 0
+            # Not so where the system was too near to singular to be solved well.
+            solved[left] = done & (np.abs(slope * chosen) <= bound).all(1)
+            if done.all():
+                break
         improved = count < fewest
         fewest = np.minimum(count, fewest)
         patience = np.where(improved, 3, patience - 1)
-        # Without progress for three rounds only the last wrong index moves, which cannot cycle (Murty 1974).
-        last = size - 1 - wrong[:, ::-1].argmax(1)
-        only_last = wrong & (np.arange(size) == last[:, None])
-        chosen = chosen ^ np.where((patience > 0)[:, None], wrong, only_last)
-        more = ~done
+        if (patience <= 0).any():
+            # Without progress for three rounds only the last wrong index moves, which cannot cycle (Murty 1974).
+            last = size - 1 - wrong[:, ::-1].argmax(1)
+            only_last = wrong & (np.arange(size) == last[:, None])
+            wrong = np.where((patience > 0)[:, None], wrong, only_last)
+        chosen = chosen ^ wrong
+        more = count > 0
         left, chosen, aim = left[more], chosen[more], aim[more]
         largest, fewest, patience = largest[more], fewest[more], patience[more]
     return result, solved

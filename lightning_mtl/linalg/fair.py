@@ -63,9 +63,9 @@ def _weights(unit: Array, norms: Array, power: float, resolution: float) -> Arra
     # In y = w n, without lengths: U y = r y^-p with r = n^(p - 1), for norms n around 1 (a power of 2 rounds nothing).
     size = np.exp2(round((math.log2(norms.min()) + math.log2(norms.max())) / 2))
     n = norms / size
-    y, error = _bargain(unit, n, power)
-    seen = unit @ y
-    if not (error <= _SOLVED and seen.min() > max(_DOUBTFUL, 4 * resolution) * math.sqrt(max(float(y @ seen), 0.0))):
+    y, seen, error = _bargain(unit, n, power)
+    doubtful = max(_DOUBTFUL, 4 * resolution) * math.sqrt(max(float(y @ seen), 0.0))
+    if not (error <= _SOLVED and np.minimum.reduce(seen) > doubtful):
         together = cancelling(unit, resolution)
         if together.any():
             y = _beside(unit, n, power, resolution, together)
@@ -78,7 +78,8 @@ def _alone(n: Array, power: float) -> Array:
     return found
 
 
-def _bargain(unit: Array, n: Array, power: float) -> tuple[Array, float]:
+def _bargain(unit: Array, n: Array, power: float) -> tuple[Array, Array, float]:
+    """Where Newton ends, what each task sees of it, and how far the equation is from being solved."""
     # Powers far from 1 start at the solution for a nearer one.
     if abs(math.log(power)) > _FAR:
         nearer = power * math.exp(-math.copysign(_FAR, math.log(power)))
@@ -104,14 +105,14 @@ def _beside(unit: Array, n: Array, power: float, resolution: float, together: Ar
     return y
 
 
-def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, float]:
+def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, Array, float]:
     # From the best multiple of the start.
     ratio = float((unit @ start / (r * start**-power)).mean())
     y = start * (min(1 / ratio, 10.0) ** (1 / (1 + power)) if ratio > 0 else 1.0)
     # The smaller the power, the further apart weights are that belong to a bargain.
     endless = 10.0 ** min(_ENDLESS * max(1 / power, 1.0), 300.0) * start
     seen, pull, now = _look(unit, r, y, power)
-    best, error, idle = y, now, 0
+    best, gains, error, idle = y, seen, now, 0
     for _ in range(_ROUNDS):
         # Towards a combination that cancels the weights grow for ever.
         if error <= _PRECISE or idle > _PATIENCE or (now > 0.1 and (y > endless).any()):
@@ -139,8 +140,8 @@ def _newton(unit: Array, r: Array, start: Array, power: float) -> tuple[Array, f
             break
         idle = 0 if now < error else idle + 1
         if now < error:
-            best, error = y, now
-    return best, error
+            best, gains, error = y, seen, now
+    return best, gains, error
 
 
 def _look(unit: Array, r: Array, y: Array, power: float) -> tuple[Array, Array, float]:

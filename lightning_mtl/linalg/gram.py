@@ -40,9 +40,22 @@ def gram(rows: Tensor) -> Tensor:
     return _in_float64(rows)
 
 
+def combination(weights: Tensor, rows: Tensor) -> Tensor:
+    """``weights @ rows``, summed in float64 like their gram: where rows cancel, large weights leave little.
+
+    Shapes: weights ``[T]``, rows ``[T, N]`` -> ``[N]`` in the dtype and on the device of the rows.
+    """
+    weights = weights.to(rows.device, torch.float64)
+    return torch.cat([(weights @ block.double()).to(rows.dtype) for block in _blocks(rows)])
+
+
+def _blocks(rows: Tensor) -> Sequence[Tensor]:
+    return rows.split(max(_BLOCK_CPU // max(len(rows), 1), 1) if rows.device.type == "cpu" else _BLOCK, dim=1)
+
+
 def _in_float64(rows: Tensor) -> Tensor:
     total = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-    for block in rows.split(max(_BLOCK_CPU // max(len(rows), 1), 1) if rows.device.type == "cpu" else _BLOCK, dim=1):
+    for block in _blocks(rows):
         wide = block.double()
         total.addmm_(wide, wide.T)
     return (total + total.T) / 2

@@ -248,6 +248,19 @@ def test_the_order_of_the_tasks_does_not_matter(key, kind):
         assert length(one - other) <= 1e-4 * size(key, made)
 
 
+@pytest.mark.parametrize("key", ["upgrad", "dualproj", "pcd", "cagrad", "nash"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tilt", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_nor_does_it_where_rows_nearly_cancel(key, dtype, tilt):
+    """How a search ends must not decide what is met."""
+    for seed, made in enumerate([make("weak", 20, 19, 100, 1.0, 3), make("weak", 20, 5, 100, 1.0, 4)]):
+        generator = np.random.default_rng(seed)
+        off = torch.from_numpy(generator.standard_normal(made.rows.shape) / made.rows.shape[1] ** 0.5)
+        rows = (made.rows + tilt * made.rows.norm(dim=1, keepdim=True) * off).to(dtype)
+        order = [0, *(generator.permutation(19) + 1)]
+        assert length(update(key, rows) - update(key, rows[order])) <= 1e-4 * size(key, made)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", [key for key in METHODS if key != "sdmgrad"])  # its long steps enlarge all rounding
 def test_float32_rows_give_what_float64_rows_give(key, kind):

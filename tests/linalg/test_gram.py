@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl.linalg import conflict, cosines, gram, gram_of_parts, to_longest
+from lightning_mtl.linalg import combination, conflict, cosines, gram, gram_of_parts, to_longest
 
 # How far a gram may be from the exact one, relative to the norms of its two rows.
 BARS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-14, torch.float16: 1e-14}
@@ -167,3 +167,24 @@ def test_beside_a_long_row_the_products_of_float32_rows_are_those_of_float64(rat
     given = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
     given[0] *= ratio
     assert error(gram(given), given) <= 1e-14
+
+
+@DTYPES
+@pytest.mark.parametrize("num_tasks, num", [(1, 1), (3, 7), (4, 40_000)])
+def test_a_combination_of_rows_that_nearly_cancel(num_tasks, num, dtype):
+    """Rounded once: beside large weights nothing of what is left is lost."""
+    rows = torch.randn(num_tasks, num).to(dtype)
+    weights = 1e5 * torch.ones(num_tasks, dtype=torch.float64)
+    if num_tasks > 1:
+        rows[1], weights[1] = -rows[0], 1e5 - 1
+    found = combination(weights, rows)
+    assert found.dtype == dtype
+    columns = [0, num // 2, num - 1]
+    wide = rows[:, columns].double().T.tolist()
+    expected = [math.fsum(w * x for w, x in zip(weights.tolist(), column, strict=True)) for column in wide]
+    kept = torch.tensor(expected, dtype=torch.float64).to(dtype)
+    torch.testing.assert_close(found[columns], kept, rtol=2 * torch.finfo(dtype).eps + 1e-9, atol=0)
+
+
+def test_a_combination_of_rows_without_columns():
+    assert combination(torch.ones(2), torch.zeros(2, 0)).shape == (0,)

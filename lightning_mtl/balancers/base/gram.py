@@ -21,6 +21,7 @@ from lightning_mtl.checks import (
     check_present,
     check_rows,
 )
+from lightning_mtl.linalg import combination
 from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.linalg.unit import EXACT
 
@@ -181,20 +182,17 @@ class GramBalancer(Balancer):
         With halves, rows ``[2T, N]``.
         """
         check_rows(rows, self.num_tasks * (2 if self.halves else 1), self)
-        # Parts that cancel would leave their rounding, in half precision.
-        wide = rows.float() if rows.dtype.itemsize < 4 else rows
-        parts = wide.split(list(sizes or [rows.shape[1]]), dim=1)
+        parts = rows.split(list(sizes or [rows.shape[1]]), dim=1)
         if self.due:
-            gram = torch.stack([gram_of(part) for part in parts]) if self.grouped else gram_of(wide)
+            gram = torch.stack([gram_of(part) for part in parts]) if self.grouped else gram_of(rows)
             weights = self(gram, losses, present, torch.finfo(rows.dtype).eps)
         else:
             weights = self.reuse(present)
         if self.halves:
             weights = weights.repeat(2)
-        weights = weights.to(wide.device, wide.dtype)
         if not self.grouped:
-            return (weights @ wide).to(rows.dtype)
-        return torch.cat([weight @ part for weight, part in zip(weights, parts, strict=True)]).to(rows.dtype)
+            return combination(weights, rows)
+        return torch.cat([combination(weight, part) for weight, part in zip(weights, parts, strict=True)])
 
     def rearrange(self, kept: Tensor) -> None:
         if int(self.step):  # else the number of groups is not known yet
