@@ -106,7 +106,7 @@ def backward(
         if level == "parameters" and (shared is None or shared == "all"):
             _check_of_one_kind(owned)
     layer = None if last_layer is None else list(last_layer)
-    step = make_step(values, present, owned, balancer, model, layer=layer)
+    step = make_step(values, present, owned, balancer, model, level, layer=layer)
     loss = balanced_loss(step, balancer, names, level=level, weight_heads=weight_heads, report=done.append)
     if plain is None:
         free_graph(loss)

@@ -31,6 +31,7 @@ class Owned:
         private: all others.
         tied: both in the encoder and in a head.
         roots: where the heads begin, common to all tasks; ``None`` if not known.
+        between: behind a feature that is computed from other features, but not behind those.
     """
 
     shared: list[Tensor] = field(default_factory=list)
@@ -38,6 +39,7 @@ class Owned:
     private: list[Tensor] = field(default_factory=list)
     tied: list[Tensor] = field(default_factory=list)
     roots: list[Root] | None = None
+    between: list[Tensor] = field(default_factory=list)
 
 
 def found(
@@ -100,6 +102,7 @@ def make_step(
     owned: Owned,
     balancer: Balancer,
     model: Model,
+    level: str,
     *,
     roots: Sequence[Sequence[Root]] | None = None,
     leaves: Sequence[Sequence[Tensor]] | None = None,
@@ -113,6 +116,7 @@ def make_step(
         owned: who owns what.
         balancer: what it looks at.
         model: the model.
+        level: at which tensors the rows are taken.
         roots: per loss, where its head begins; by default those that are common to all.
         leaves: per loss, what its head read in their place.
         layer: the last shared layer, as told; by default it is found.
@@ -121,9 +125,11 @@ def make_step(
     """
     if roots is None and owned.roots is not None:
         roots = [owned.roots] * len(losses)
-    step = Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present)
-    if isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and owned.shared:
-        step.last_layer = last_layer(step, model, layer)
+    beside = [*owned.shared_heads, *owned.between]
+    step = Step(losses, owned.shared, beside, owned.private, roots, leaves, present)
+    at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and level == "parameters"
+    if at_layer and owned.shared:
+        step.last_layer = last_layer(step, [*owned.shared, *owned.between], model, layer)
     if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
         numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
         step.layers = [numbers[id(parameter)] for parameter in (*owned.shared, *owned.shared_heads)]
@@ -182,7 +188,7 @@ def _behind_features(
     around = _among(reached_beside(features, roots, owner), inside)
     if around or (len(roots) < len(features) and any(root.is_leaf for root in roots)):
         return Owned(shared, private=private)
-    return Owned(_among(shared, inside), _without(shared, inside), private, roots=list(roots))
+    return Owned(_among(shared, inside), private=private, roots=list(roots), between=_without(shared, inside))
 
 
 def _check_nothing_to_share(

@@ -301,4 +301,4 @@ class Balanced(_Base):
     def _step(self, losses: Sequence[Tensor], present: Tensor | None, owned: Owned, **cut: Any) -> Step:
         layer = cast("nn.Module | None", self.last_layer)
         self._model.modules = self._remembered("modules", lambda: list(self.modules()))
-        return make_step(losses, present, owned, self.balancer, self._model, layer=layer, **cut)
+        return make_step(losses, present, owned, self.balancer, self._model, self.level, layer=layer, **cut)

@@ -125,6 +125,7 @@ def by_hand(
     at: Sequence[Tensor] | None = None,
     groups: Sequence[Sequence[Tensor]] | None = None,
     weight_heads: bool = False,
+    before_each: Callable[[], None] = lambda: None,
 ) -> list[Maybe]:
     """What each parameter's gradient must be, in float64; ``None`` where no loss reaches it.
 
@@ -133,10 +134,14 @@ def by_hand(
         shared: the parameters that the weights apply to.
         at: where the rows are taken; by default at ``shared``.
         groups: on which a method works apart; by default on all of ``shared`` together.
+        before_each: called before each differentiation.
     """
     there = [(task % balancer.num_tasks, loss) for task, loss in enumerate(losses) if loss is not None]
     ends = [*parameters, *(at or ())]
-    every = [torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True) for _, loss in there]
+    every = []
+    for _, loss in there:
+        before_each()
+        every.append(torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True))
     of = [{id(end): grad for end, grad in zip(ends, grads, strict=True)} for grads in every]
     tasks = list(dict.fromkeys(task for task, _ in there))
     plain = [FIXED[task] if method == "fixed" else 1.0 for task, _ in there]
