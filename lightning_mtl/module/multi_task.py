@@ -249,7 +249,20 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         """The graph is cut at the features, so a loss that reaches the encoder by another way would lose gradient."""
         owned = self._owned()
         encoder = {id(p) for p in owned.shared} - {id(p) for p in owned.tied}
-        beside = [leaf for leaf in reached([result.loss for result in results.values()], self) if id(leaf) in encoder]
+        read = {name: reached([result.loss], self) for name, result in results.items()}
+        for name, result in results.items():
+            others = [
+                leaf for other in results.values() if other.leaves is not result.leaves for leaf in other.leaves or ()
+            ]
+            if {id(leaf) for leaf in others} & {id(leaf) for leaf in read[name]}:
+                raise bad_argument(
+                    self,
+                    "tasks",
+                    "have heads that read nothing but the features and what they own",
+                    f"one of {name!r} that reads what another head has computed",
+                    "Give it a part of its own, or use Balanced without features=",
+                )
+        beside = [leaf for leaves in read.values() for leaf in leaves if id(leaf) in encoder]
         if beside:
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             raise bad_argument(
