@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from lightning_mtl.engine import boundary as boundary
     from lightning_mtl.module import Balanced as Balanced
     from lightning_mtl.module import MultiTaskModule as MultiTaskModule
+    from lightning_mtl.module import to_plain_checkpoint as to_plain_checkpoint
     from lightning_mtl.tasks import Task as Task
     from lightning_mtl.tasks import TaskRegistry as TaskRegistry
+    from lightning_mtl.tasks import losses_per_task as losses_per_task
     from lightning_mtl.types import Balance as Balance
 
 # Imported on first use: `lightning-mtl ls` should not wait for torch.
@@ -29,6 +31,8 @@ _HOMES = {
     "allow_several_backwards": "engine",
     "backward": "engine",
     "boundary": "engine",
+    "losses_per_task": "tasks",
+    "to_plain_checkpoint": "module",
 }
 __all__ = sorted(_HOMES)
 

@@ -40,8 +40,8 @@ def listed(names: Iterable[object]) -> str:
 
 
 def carried(name: object) -> bool:
-    """Whether every logger can carry the name as a part of a key."""
-    return isinstance(name, str) and bool(name) and not any(character in name for character in "./ ")
+    """Whether logs and batches can carry the name: any non-empty string."""
+    return isinstance(name, str) and bool(name)
 
 
 def check_num_tasks(num_tasks: int, owner: object) -> None:
@@ -124,6 +124,24 @@ def check_number(
         bound = "" if low is None else f" {'>' if exclusive else '>='} {low:g}"
         bound += "" if high is None else f" and <= {high:g}"
         raise bad_argument(owner, arg, f"be a finite number{bound}", repr(value), "Choose another value")
+
+
+def weights_of(
+    values: Iterable[float] | Tensor, num: int, arg: str, owner: object, *, some: bool = False
+) -> tuple[float, ...]:
+    """``num`` finite numbers >= 0, and if asked not all of them 0, as a tuple."""
+    numbers = values.tolist() if isinstance(values, Tensor) else values
+    found = tuple(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else ()
+    fine = all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf for x in found)
+    if not fine or len(found) != num or (some and not any(found)):
+        raise bad_argument(
+            owner,
+            arg,
+            f"be {num} finite numbers >= 0" + (", not all of them 0" if some else ""),
+            repr(values),
+            "Give one number for each, in their order",
+        )
+    return tuple(float(x) for x in found)
 
 
 def check_integer(value: object, arg: str, owner: object, *, low: int) -> None:

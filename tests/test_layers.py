@@ -14,6 +14,7 @@ PACKAGE = Path(lightning_mtl.__file__).parent
 LAYERS = {
     "types": 0,
     "checks": 0,
+    "compat": 0,
     "linalg": 1,
     "balancers": 2,
     "engine": 3,

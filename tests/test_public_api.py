@@ -20,7 +20,10 @@ REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 
 # The contract. A name is added freely; one that goes, or moves, breaks somebody's import.
 CONTRACT = {
-    "lightning_mtl": "MultiTaskModule Balanced Task TaskRegistry Balance backward boundary allow_several_backwards",
+    "lightning_mtl": (
+        "MultiTaskModule Balanced Task TaskRegistry Balance backward boundary allow_several_backwards "
+        "losses_per_task to_plain_checkpoint"
+    ),
     "lightning_mtl.balancers": (
         "available load resolve Balancer LossBalancer GramBalancer RowBalancer Fixed Uncertainty GradNorm "
         "PCGrad IMTLL LogSum GeometricMean DWA RLW FAMO STCH COSMOS PBI DTP "
@@ -28,7 +31,7 @@ CONTRACT = {
         "GradDrop TrimmedMean ExcessMTL MoCo DBMTLAverage MoDo SDMGrad IMTL Chain MovingAverage ClipUpdate"
     ),
     "lightning_mtl.tasks": (
-        "Task TaskRegistry ClassificationTask MultiLabelTask CorNet RegressionTask ReconstructionTask"
+        "Task TaskRegistry ClassificationTask MultiLabelTask CorNet RegressionTask ReconstructionTask losses_per_task"
     ),
     "lightning_mtl.sharing": (
         "Encoders OwnFeatures ProximalStep matching penalty_of Constraint CONSTRAINTS mean_penalty mean_prox "
@@ -45,16 +48,18 @@ ARGUMENTS = {
         "encoder tasks balancer level optimizer lr_scheduler | lr_interval weight_heads last_layer input_key "
         "train_metrics strict_targets"
     ),
-    "Balanced": "| tasks balancer level weight_heads last_layer main_tasks",
-    "Balanced.balance": "losses features labelled",
-    "backward": "losses balancer features shared level | labelled weight_heads last_layer backward_fn",
+    "Balanced": "| tasks balancer level weight_heads last_layer main_tasks base_arguments",
+    "Balanced.balance": "losses features labelled | shared plain",
+    "backward": "losses balancer features shared level | labelled weight_heads last_layer plain backward_fn",
+    "to_plain_checkpoint": "checkpoint save_as | weights_only",
     "Task": "head loss metrics | target missing mask role",
-    "ClassificationTask": "head num_classes metrics | target mask ignore_index label_smoothing role",
-    "MultiLabelTask": "head num_labels metrics | target mask role",
+    "ClassificationTask": "head num_classes metrics | target mask ignore_index label_smoothing class_weights role",
+    "MultiLabelTask": "head num_labels metrics | pos_weight target mask role",
     "CorNet": "head num_labels width num_blocks",
     "RegressionTask": "head loss metrics | target mask role",
     "ReconstructionTask": "head reduction metrics | target mask role",
     "TaskRegistry": "tasks",
+    "losses_per_task": "unreduced names mask weights",
     "load": "name num_tasks",
     "Fixed": "num_tasks weights",
     "Uncertainty": "num_tasks forms initial_log_variance lr",

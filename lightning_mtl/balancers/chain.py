@@ -15,7 +15,7 @@ from lightning_mtl.checks import bad_argument
 class Chain(Wrapper):
     r"""Scale the losses with one balancer's weights ``v``, and balance the gradients of the scaled losses with another.
 
-    The second sees :math:`v v^\top \circ G` and :math:`v \circ \ell`; the weights are :math:`v` times its weights. Where
+    The second sees :math:`v v^\top \circ G` and :math:`v \circ \ell`; its weights are multiplied by ``v``. Where
     ``v`` is 0, a task is absent for it.
 
     Args:

@@ -10,13 +10,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument, listed
 
 #: What users may pass as ``balancer=``.
-BalancerSpec = Callable[[int], Balancer] | Balancer | str | Mapping[str, Any]
+#: A string first: a command line then keeps a short name as it is, in its configuration and in checkpoints.
+BalancerSpec = str | Callable[[int], Balancer] | Balancer | Mapping[str, Any]
 
 _PACKAGE = "lightning_mtl.balancers"
 _NOT_METHODS = {"base", "registry", "wrapping"}
@@ -114,6 +115,34 @@ def build(spec: BalancerSpec, num_tasks: int) -> Balancer:
             TypeError,
         )
     return balancer
+
+
+def described(balancer: Balancer | type[Balancer]) -> dict[str, Any]:
+    """The mapping from which :func:`resolve` builds such a balancer anew: plain values only, for a checkpoint.
+
+    Example:
+        >>> described(load("pcgrad", num_tasks=2, seed=3))
+        {'class_path': 'lightning_mtl.balancers.pcgrad.PCGrad', 'init_args': {'seed': 3}}
+    """
+    cls = balancer if isinstance(balancer, type) else type(balancer)
+    written: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    if isinstance(balancer, Balancer):
+        args, kwargs = balancer.__dict__["_made_from"]
+        given = inspect.signature(cls).bind(*args, **kwargs)
+        options = {**given.arguments, **given.arguments.pop("kwargs", {})}
+        options.pop(next(iter(inspect.signature(cls).parameters)), None)
+        written["init_args"] = {name: _plain(value) for name, value in options.items()}
+    return written
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Balancer) or (isinstance(value, type) and issubclass(value, Balancer)):
+        return described(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _options(given: object) -> dict[str, Any]:

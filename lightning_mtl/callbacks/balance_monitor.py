@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -11,6 +12,8 @@ from lightning_mtl.checks import check_integer
 from lightning_mtl.linalg import conflict, cosines
 from lightning_mtl.types import Balance
 
+MOST_WITH_PAIRS = 8
+
 
 class BalanceMonitor(pl.Callback):
     """Log weights, gradient norms and conflicts through ``self.log``, so that any logger carries them.
@@ -19,14 +22,16 @@ class BalanceMonitor(pl.Callback):
 
     Args:
         every_n_steps: optimizer steps from one log to the next; by default the Trainer's ``log_every_n_steps``.
-        cosines: whether to log the cosine of every pair of tasks (``T (T - 1) / 2`` scalars).
+        cosines: whether to log the cosine of every pair of tasks, ``T (T - 1) / 2`` scalars (8,128 for 128 tasks); by
+            default for up to 8 tasks.
 
     Logs ``balance/weight/{task}``, and where the balancer has a gram ``balance/norm/{task}``,
-    ``balance/cosine/{a}/{b}`` and ``balance/conflict``, the share of task pairs with a negative cosine.
+    ``balance/cosine/{a}/{b}`` and ``balance/conflict``, the share of task pairs with a negative cosine. If a name has a
+    slash, a bar parts the pairs: ``balance/cosine/{a} | {b}``.
     Raises: ``ValueError`` if ``every_n_steps`` is not >= 1.
     """
 
-    def __init__(self, every_n_steps: int | None = None, cosines: bool = True) -> None:
+    def __init__(self, every_n_steps: int | None = None, cosines: bool | None = None) -> None:
         if every_n_steps is not None:
             check_integer(every_n_steps, "every_n_steps", self, low=1)
         self.every_n_steps, self.cosines = every_n_steps, cosines
@@ -40,14 +45,15 @@ class BalanceMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, in every n-th optimizer step."""
-        balance: Balance | None = getattr(pl_module, "last_balance", None)
+        balance = getattr(pl_module, "last_balance", None)
         step = trainer.global_step
         stepped, self._last_step = step > self._last_step, step
         usual: int = cast(Any, trainer).log_every_n_steps
         every = self.every_n_steps or usual
-        if balance is None or not stepped or not every or step % every:
+        if not isinstance(balance, Balance) or not stepped or not every or step % every:
             return
-        scalars = balance_scalars(balance, with_cosines=self.cosines)
+        pairs = len(balance.names) <= MOST_WITH_PAIRS if self.cosines is None else self.cosines
+        scalars = balance_scalars(balance, with_cosines=pairs)
         if every == usual:
             pl_module.log_dict(scalars, batch_size=1)
             return
@@ -68,8 +74,18 @@ def balance_scalars(balance: Balance, *, with_cosines: bool = True) -> dict[str,
         scalars.update(zip((f"balance/norm/{name}" for name in names), norms, strict=True))
         scalars["balance/conflict"] = conflict(balance.gram)
         if with_cosines:
-            matrix = cosines(balance.gram).tolist()
+            matrix, bar = cosines(balance.gram).tolist(), _between(names)
             for i, a in enumerate(names):
                 for j in range(i + 1, len(names)):
-                    scalars[f"balance/cosine/{a}/{names[j]}"] = matrix[i][j]
+                    scalars[f"balance/cosine/{a}{bar}{names[j]}"] = matrix[i][j]
     return scalars
+
+
+def _between(names: Sequence[str]) -> str:
+    """What parts two names so that no two pairs have one key: a slash, or more bars than any name has in a row."""
+    if not any("/" in name for name in names):
+        return "/"
+    bars = "|"
+    while any(bars in name for name in names):
+        bars += "|"
+    return f" {bars} "

@@ -96,8 +96,9 @@ def heatmap(matrix: torch.Tensor, names: tuple[str, ...], title: str) -> Figure:
     axes.set_facecolor("0.88")
     image = axes.imshow(pairs.numpy(), vmin=-1, vmax=1, cmap="RdBu")
     small = 10 if num <= 12 else 7
-    axes.set_xticks(range(num), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=small)
-    axes.set_yticks(range(num), names, fontsize=small)
+    plain: dict[str, Any] = {"fontsize": small, "parse_math": False}  # a dollar sign in a name is one
+    axes.set_xticks(range(num), names, rotation=45, ha="right", rotation_mode="anchor", **plain)
+    axes.set_yticks(range(num), names, **plain)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for edge in range(1, num):

@@ -8,6 +8,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_mtl.tasks import TaskRegistry
+
 
 class FinalTable(pl.Callback):
     """At the end of ``fit`` and ``test``, log one row per task and metric.
@@ -35,7 +37,7 @@ class FinalTable(pl.Callback):
 
     @rank_zero_only
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        rows = final_rows(trainer, getattr(pl_module, "task_names", ()), stage)
+        rows = final_rows(trainer, pl_module, stage)
         if not rows:
             return
         for logger in trainer.loggers:
@@ -48,15 +50,22 @@ class FinalTable(pl.Callback):
                     csv.writer(file).writerows([self.columns, *rows])
 
 
-def final_rows(trainer: pl.Trainer, names: tuple[str, ...], stage: str) -> list[tuple[str, str, str, float]]:
-    """The rows of the table, in task order, from what was logged."""
+def final_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> list[tuple[str, str, str, float]]:
+    """The rows of the table, in task order and with the loss first, from what was logged.
+
+    Names may have slashes: ``val/a/b/c`` belongs to the task that has this metric, else to the one of the longest name.
+    """
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    rows: list[tuple[str, str, str, float]] = []
-    for name in names:
-        if f"{stage}/loss/{name}" in logged:
-            rows.append((stage, name, "loss", logged[f"{stage}/loss/{name}"]))
+    names: tuple[str, ...] = getattr(pl_module, "task_names", ())
+    meant: dict[str, tuple[str, str]] = {}
+    for name in sorted(names, key=len):
         prefix = f"{stage}/{name}/"
-        rows += [
-            (stage, name, key.removeprefix(prefix), value) for key, value in logged.items() if key.startswith(prefix)
-        ]
-    return rows
+        meant |= {key: (name, key.removeprefix(prefix)) for key in logged if key.startswith(prefix)}
+    tasks = getattr(pl_module, "tasks", None)
+    if isinstance(tasks, TaskRegistry):
+        known = [(name, metric) for name, task in tasks.items() for metric in task.metric_names]
+        meant |= {f"{stage}/{name}/{metric}": (name, metric) for name, metric in known}
+    losses = {f"{stage}/loss/{name}": (name, "loss") for name in names}
+    meant |= losses
+    order = {key: (names.index(meant[key][0]), key not in losses) for key in logged if key in meant}
+    return [(stage, *meant[key], logged[key]) for key in sorted(order, key=order.__getitem__)]

@@ -7,6 +7,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 
+from lightning_mtl.balancers.base import Balancer
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.engine import mean_over_ranks
 
@@ -25,11 +26,12 @@ class ShowMetrics(pl.Callback):
         """Hand the values over."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        names = cast(Any, pl_module).task_names
-        for part in cast(Any, pl_module).balancer.modules():
+        balancer = getattr(pl_module, "balancer", None)
+        # A Trainer that fitted a balanced module may go on with another kind.
+        for part in cast(Any, balancer).modules() if isinstance(balancer, Balancer) else ():
             if not hasattr(part, "observe_metrics"):
                 continue
-            keys = [f"val/{name}/{part.metric}" for name in names]
+            keys = [f"val/{name}/{part.metric}" for name in part.names]
             found = [trainer.callback_metrics.get(key) for key in keys]
             if all(value is None for value in found):
                 raise bad_argument(

@@ -19,12 +19,13 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_mtl import compat
 from lightning_mtl.balancers import available, load
 
 # What a user of a recipe can do nothing about.
 _NOISE = (
     "The '.*' does not have many workers",  # the data are tensors in memory: workers would only cost
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 against torch 2.13
+    *compat.NOISE,
 )
 
 

@@ -106,7 +106,8 @@ class BalancedBackward:
                 gram = gram[None]
             total, losses = sum_gram(gram, losses, scale)
             present = self._with_a_gradient(total)
-            weights = balancer.last_weights if total is None else balancer(total, losses, present)
+            exact = self.gradients.resolution
+            weights = balancer.last_weights if total is None else balancer(total, losses, present, exact)
         else:
             weights = balancer.reuse(present)
         if self.report is not None:

@@ -8,11 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mtl.compat import reduce_scatter
 from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.linalg import gram_of_parts
-
-# Renamed in torch 2.13.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def world_size() -> int:
@@ -78,8 +76,7 @@ class RowExchange:
         if self.whole and world_size() > 1:
             self._work.append(dist.all_reduce(self.rows[task], async_op=True))
         elif self._slices is not None:
-            assert _reduce_scatter is not None
-            self._work.append(_reduce_scatter(self._slices[task], self.rows[task], async_op=True))
+            self._work.append(reduce_scatter(self._slices[task], self.rows[task], async_op=True))
 
     def wait(self) -> None:
         """Until every row that was sent has been summed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, cast
 
@@ -66,6 +66,11 @@ def real(grad: Tensor) -> Tensor:
     if grad.is_sparse:
         grad = grad.to_dense()
     return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+
+
+def resolution(dtypes: Iterable[torch.dtype]) -> float:
+    """The relative rounding of numbers of these dtypes: that of the coarsest."""
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float64).eps)
 
 
 def zeros_for(root: Root) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,8 +11,6 @@ from lightning_mtl.engine.collectives import union_over_ranks
 from lightning_mtl.engine.graph import reached
 from lightning_mtl.engine.model import Model
 from lightning_mtl.types import Step
-
-_log = logging.getLogger(__name__)
 
 
 def last_layer(
@@ -38,7 +35,6 @@ def last_layer(
         if not layers:
             raise _none(model, told)
         model.last_layers[key] = layers[-1]
-        _log.info("The gradients of the tasks are compared at %s.", model.named(layers[-1]))
     return model.last_layers[key]
 
 

@@ -98,7 +98,8 @@ def backward(
     if balancer.names is None:
         balancer.bind(names)
     device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
-    values, present = collect(losses, names, labelled, torch.zeros((), device=device), _WHO, balancer)
+    halves, absent = getattr(balancer, "halves", False), torch.zeros((), device=device)
+    values, present = collect(losses, names, labelled, absent, _WHO, balancer, halves=halves)
     done: list[Balance] = []
     owned, model = Owned(), Model(_WHO)
     if not isinstance(balancer, LossBalancer):
@@ -106,7 +107,7 @@ def backward(
         if level == "parameters" and (shared is None or shared == "all"):
             _check_of_one_kind(owned)
     layer = None if last_layer is None else list(last_layer)
-    step = make_step(values, present, owned, balancer, model, level, layer=layer)
+    step = make_step(values, present, owned, balancer, model, level=level, layer=layer)
     loss = balanced_loss(step, balancer, names, level=level, weight_heads=weight_heads, report=done.append)
     if plain is None:
         free_graph(loss)

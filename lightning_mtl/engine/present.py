@@ -24,6 +24,8 @@ def collect(
     absent: Tensor,
     owner: object,
     memory: object | None = None,
+    *,
+    halves: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The losses of a batch in task order, and who is present.
 
@@ -37,12 +39,13 @@ def collect(
         absent: what stands in for the loss of an absent task.
         owner: whom an error names.
         memory: what remembers the warnings that were given, if not the owner.
+        halves: whether there are pairs, which a process without any loss cannot see.
 
     Returns: ``T`` scalars, or ``2T``, all first halves before all second ones; and as :func:`to_global`.
     Raises: ``ValueError`` or ``TypeError`` if a loss is no scalar, a count is none, or no loss has a gradient.
     """
     pairs = {name: _shares(losses[name], name, owner) for name in names}
-    parts = max(len(pair) for pair in pairs.values())
+    parts = max((len(pair) for pair in pairs.values() if pair), default=1 + halves)
     for name, pair in pairs.items():
         if losses[name] is not None and len(pair) != parts:
             raise _bad_pair(name, losses[name], owner)

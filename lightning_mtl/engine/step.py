@@ -14,7 +14,7 @@ from lightning_mtl.balancers.base import Balancer, GramBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import union_over_ranks
 from lightning_mtl.engine.compiled import is_compiled
-from lightning_mtl.engine.features import tensors_of
+from lightning_mtl.engine.features import given_tensors
 from lightning_mtl.engine.graph import discover, reached, reached_beside, siblings, upstream
 from lightning_mtl.engine.last_layer import last_layer
 from lightning_mtl.engine.model import Model
@@ -67,7 +67,9 @@ def found(
     whole = [loss for loss in whole if loss.requires_grad]
     chosen = None if shared is None else _chosen(shared, whole, model)
     if features is not None:
-        return _behind_features(tensors_of(features), whole, model, chosen, complete=len(whole) == num_tasks)
+        return _behind_features(
+            given_tensors(features, model.owner), whole, model, chosen, complete=len(whole) == num_tasks
+        )
     if chosen is None:
         if siblings([[half for half in losses[task::num_tasks] if not is_compiled(half)] for task in range(num_tasks)]):
             raise bad_argument(
@@ -102,8 +104,8 @@ def make_step(
     owned: Owned,
     balancer: Balancer,
     model: Model,
-    level: str,
     *,
+    level: str = "parameters",
     roots: Sequence[Sequence[Root]] | None = None,
     leaves: Sequence[Sequence[Tensor]] | None = None,
     layer: nn.Module | Sequence[Tensor] | None = None,
@@ -132,7 +134,8 @@ def make_step(
         step.last_layer = last_layer(step, [*owned.shared, *owned.between], model, layer)
     if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
         numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
-        step.layers = [numbers[id(parameter)] for parameter in (*owned.shared, *owned.shared_heads)]
+        # What no module owns is a layer of its own.
+        step.layers = [numbers.get(id(p), -place) for place, p in enumerate((*owned.shared, *beside), start=1)]
     return step
 
 

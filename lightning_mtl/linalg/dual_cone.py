@@ -36,11 +36,17 @@ def cancelling(unit: Array, resolution: float = EXACT) -> Array:
 
     Shapes: unit gram ``[T, T]``, diagonal 1 -> ``[T]``, >= 0.
     """
-    # A row is part of one if the others can leave nothing of it; so are those that help.
-    eye = np.eye(len(unit))
-    pushed = eye + _pivoting(unit + _noise(unit, resolution) * eye, unit, None)
-    together: Array = pushed[is_nothing(unit, pushed, resolution)].sum(0)
-    together[together <= math.sqrt(resolution) * together.max()] = 0
+    together, left = np.zeros(len(unit)), np.ones(len(unit), bool)
+    while left.any():
+        # The shortest combination with weights >= 1. What is at an acute angle to it is part of none that is zero.
+        inside = unit[left][:, left]
+        weights = 1 + _pivoting(inside + _noise(unit, resolution) * np.eye(len(inside)), inside.sum(0)[None], None)[0]
+        if is_nothing(inside, weights[None], resolution)[0]:
+            together[left] = weights
+            break
+        seen = inside @ weights
+        bound = _noise(unit, resolution) ** 0.25 * math.sqrt(float(weights @ seen))
+        left[left] = seen < min(bound, float(seen.max()))
     return together
 
 
@@ -56,7 +62,7 @@ def is_nothing(unit: Array, vectors: Array, resolution: float) -> Array:
 
 def _noise(unit: Array, resolution: float) -> float:
     """What rounding, of the gram or of the rows, leaves of the square of a combination with weights of norm 1."""
-    return max(64 * _EPS * len(unit), 4 * resolution**2)
+    return max(64 * _EPS * len(unit), resolution * resolution)
 
 
 def nonnegative_qp(unit: Array, linear: Array, resolution: float = EXACT) -> Array:

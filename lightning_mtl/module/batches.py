@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.tasks import TaskRegistry
@@ -22,62 +21,113 @@ class Group:
     names: tuple[str, ...]
 
 
-def groups_of(
-    batch: Any, tasks: TaskRegistry, input_key: str, strict: bool, owner: object, dataloader: str | None = None
-) -> list[Group]:
-    """Take a batch apart.
+class BatchForm:
+    """Where the input stands in a batch, and how the encoder takes it: the same in training, evaluation and prediction.
 
     Args:
-        batch: see ``MultiTaskModule``.
-        tasks: the registry.
-        input_key: where the input stands in a flat mapping.
-        strict: refuse targets that no task uses in ``(input, {task: target})``.
+        input_key: key of the input in a mapping; or several, whose values the encoder takes by these names: the first
+            always, the others where a batch holds them.
+        strict: whether a batch ``(input, {task: target})`` may hold no target that no task uses.
         owner: whom an error names.
-        dataloader: the task whose own loader the batch ``(input, target)`` comes from.
 
-    Raises: ``TypeError`` if the batch has none of the forms; ``ValueError`` if a name is wrong.
+    Raises: ``TypeError`` if the key is neither a string nor several.
     """
-    if dataloader is not None and dataloader in tasks:
-        return [_own(batch, dataloader, tasks, owner)]
-    if isinstance(batch, Mapping) and input_key not in batch and all(_is_pair(value) for value in batch.values()):
-        unknown = [name for name in batch if name not in tasks]
-        if unknown or not batch:
+
+    def __init__(self, input_key: str | Sequence[str], strict: bool, owner: str) -> None:
+        keys = (input_key,) if isinstance(input_key, str) else input_key
+        if not isinstance(keys, Sequence) or not keys or not all(isinstance(key, str) for key in keys):
             raise bad_argument(
-                owner,
+                owner, "input_key", "be a string, or several", repr(input_key), "Name the key of the input", TypeError
+            )
+        self.keys, self.by_name, self.strict, self.owner = tuple(keys), not isinstance(input_key, str), strict, owner
+
+    def encode(self, encoder: nn.Module, inputs: Any) -> Any:
+        """The features of an input."""
+        if self.by_name and isinstance(inputs, Mapping):
+            return encoder(**{key: inputs[key] for key in self.keys if key in inputs})
+        return encoder(inputs)
+
+    def inputs_of(self, batch: Any, tasks: TaskRegistry, dataloader: str | None = None) -> list[Group]:
+        """Find the input, or one per task; targets may be missing. What has no known form is itself the input."""
+        found = self._split(batch, tasks, dataloader)
+        if found is not None:
+            return found
+        # The one element that a TensorDataset of inputs gives.
+        single = type(batch) in (tuple, list) and len(batch) == 1
+        return [Group(batch[0] if single else batch, {}, tasks.names)]
+
+    def groups_of(self, batch: Any, tasks: TaskRegistry, dataloader: str | None = None) -> list[Group]:
+        """Take a batch with targets apart.
+
+        Args:
+            batch: see ``MultiTaskModule``.
+            tasks: the registry.
+            dataloader: the task whose own loader the batch ``(input, target)`` comes from.
+
+        Raises: ``TypeError`` if the batch has none of the forms; ``ValueError`` if a name is wrong.
+        """
+        if self.strict and dataloader is None and _has_mapping(batch):
+            self._check_targets(batch[1], tasks)
+        found = self._split(batch, tasks, dataloader)
+        if found is None:
+            found = self.inputs_of(batch, tasks)
+            if not _need_no_target(tasks, found[0].inputs):
+                raise self._no_form(batch, tasks)
+        return found
+
+    def _split(self, batch: Any, tasks: TaskRegistry, dataloader: str | None) -> list[Group] | None:
+        if dataloader is not None:
+            return [_own(batch, dataloader, tasks)]
+        if isinstance(batch, Mapping):
+            if self.keys[0] in batch:
+                several = {key: batch[key] for key in self.keys if key in batch}
+                return [Group(several if self.by_name else batch[self.keys[0]], batch, tasks.names)]
+            if batch and set(batch) <= set(tasks) and all(value is None or _is_own(value) for value in batch.values()):
+                return [_own(value, name, tasks) for name, value in batch.items() if value is not None]
+        elif _has_mapping(batch):
+            inputs, targets = batch
+            # A mapping without any target is a part of the input, such as meta data.
+            if not self.strict or not targets or not _used(tasks).isdisjoint(targets):
+                return [Group(inputs, targets, tasks.names)]
+        return None
+
+    def _check_targets(self, targets: Mapping[str, Any], tasks: TaskRegistry) -> None:
+        used = _used(tasks)
+        unknown = [key for key in targets if key not in used]
+        if unknown:
+            raise bad_argument(
+                self.owner,
+                "batch targets",
+                f"belong to the tasks {listed(tasks)}",
+                listed(unknown),
+                "Correct the name, or pass strict_targets=False",
+            )
+
+    def _no_form(self, batch: Any, tasks: TaskRegistry) -> Exception:
+        if isinstance(batch, Mapping) and all(value is None or _is_own(value) for value in batch.values()):
+            return bad_argument(
+                self.owner,
                 "batch",
-                f"hold the tasks {listed(tasks)} or an input under {input_key!r}",
+                f"hold the tasks {listed(tasks)} or an input under {self.keys[0]!r}",
                 listed(batch),
                 "Name each loader after its task, or pass input_key=",
             )
-        return [_own(pair, name, tasks, owner) for name, pair in batch.items() if pair is not None]
-    if isinstance(batch, Mapping):
-        if input_key not in batch:
-            raise bad_argument(
-                owner, "batch", f"hold the input under {input_key!r}", listed(batch), "Pass input_key= with its key"
+        if isinstance(batch, Mapping):
+            return bad_argument(
+                self.owner,
+                "batch",
+                f"hold the input under {self.keys[0]!r}",
+                listed(batch),
+                "Pass input_key= with its key",
             )
-        return [Group(batch[input_key], batch, tasks.names)]
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping):
-        inputs, targets = batch
-        if strict:
-            used = {task.target or name for name, task in tasks.items()} | {task.mask for _, task in tasks.items()}
-            unknown = [key for key in targets if key not in used]
-            if unknown:
-                raise bad_argument(
-                    owner,
-                    "batch targets",
-                    f"belong to the tasks {listed(tasks)}",
-                    listed(unknown),
-                    "Correct the name, or pass strict_targets=False",
-                )
-        return [Group(inputs, targets, tasks.names)]
-    raise bad_argument(
-        owner,
-        "batch",
-        "be (input, {task: target}), a mapping with the input and the targets, or {task: (input, target)}",
-        _describe(batch),
-        "Change the dataset or its collate function",
-        TypeError,
-    )
+        return bad_argument(
+            self.owner,
+            "batch",
+            "be (input, {task: target}), a mapping with the input and the targets, or {task: (input, target)}",
+            _describe(batch),
+            "Change the dataset or its collate function",
+            TypeError,
+        )
 
 
 def task_of_loader(loaders: Any, batch: Any, index: int, tasks: TaskRegistry) -> str | None:
@@ -89,31 +139,42 @@ def task_of_loader(loaders: Any, batch: Any, index: int, tasks: TaskRegistry) ->
         index: number of the loader, where they are run one after another.
         tasks: the registry.
     """
-    if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks) or not _is_pair(batch):
+    if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks) or not _is_own(batch):
         return None
-    if len(loaders) == 1 and isinstance(batch[1], Mapping):
+    if len(loaders) == 1 and isinstance(batch[-1], Mapping):
         return None
     return str(list(loaders)[index])
 
 
-def num_samples(target: Any) -> int:
-    """How many samples a target, in any nested structure, is for."""
-    return next((len(leaf) for leaf in tree_leaves(target) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+def _own(batch: Any, name: str, tasks: TaskRegistry) -> Group:
+    """The batch of a task's own loader: input and target, or the input alone."""
+    inputs, *rest = batch
+    if not rest:
+        return Group(inputs, {}, (name,))
+    target = rest[0]
+    return Group(inputs, target if isinstance(target, Mapping) else {tasks[name].target or name: target}, (name,))
 
 
-def _own(pair: Any, name: str, tasks: TaskRegistry, owner: object) -> Group:
-    """The batch of a task's own loader."""
-    if not _is_pair(pair) or pair is None:
-        raise bad_argument(
-            owner, f"batch of '{name}'", "be (input, target)", _describe(pair), "Change its dataset", TypeError
-        )
-    inputs, target = pair
-    targets = target if isinstance(target, Mapping) else {tasks[name].target or name: target}
-    return Group(inputs, targets, (name,))
+def _used(tasks: TaskRegistry) -> set[str | None]:
+    """The keys under which tasks look for target and mask."""
+    return {task.target or name for name, task in tasks.items()} | {task.mask for _, task in tasks.items()}
 
 
-def _is_pair(value: Any) -> bool:
-    return value is None or (isinstance(value, tuple | list) and len(value) == 2)
+def _need_no_target(tasks: TaskRegistry, inputs: Any) -> bool:
+    try:
+        for name, task in tasks.items():
+            task.pick({}, inputs, name)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_mapping(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping)
+
+
+def _is_own(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) in (1, 2)
 
 
 def _describe(value: Any) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mtl.checks import bad_argument, listed
+from lightning_mtl.compat import is_named
 
 
 def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> None:
@@ -23,8 +23,7 @@ def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> N
     together with gradient accumulation.
     """
     strategy = trainer.strategy
-    names = {cls.__name__ for cls in type(strategy).__mro__}
-    if "DeepSpeedStrategy" in names:
+    if is_named(strategy, "DeepSpeedStrategy"):
         raise bad_argument(
             owner,
             "Trainer(strategy=...)",
@@ -32,7 +31,7 @@ def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> N
             "DeepSpeed, which partitions them in hooks of its own",
             'Use strategy="ddp"',
         )
-    if compares_gradients and names & {"FSDPStrategy", "ModelParallelStrategy"}:
+    if compares_gradients and is_sharded(strategy):
         raise bad_argument(
             owner,
             "balancer",
@@ -54,18 +53,36 @@ def check_trainer(trainer: Any, owner: object, *, compares_gradients: bool) -> N
 
 def _scheduled(trainer: Any) -> list[int]:
     """The numbers of accumulated batches that a callback will set later."""
-    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    schedulers = [c for c in trainer.callbacks if is_named(c, "GradientAccumulationScheduler")]
     return [number for scheduler in schedulers for number in scheduler.scheduling.values()]
 
 
-def check_balancer_is_optimized(balancer: nn.Module, optimizers: Sequence[Any], owner: object) -> None:
-    """Refuse a balancer whose trainable parameters no optimizer has.
+def is_sharded(strategy: object) -> bool:
+    """Whether each process holds a part of every parameter only."""
+    return is_named(strategy, "FSDPStrategy", "ModelParallelStrategy")
 
-    Raises: ``ValueError`` naming the line to add.
+
+def check_optimizers(trainer: Any, balancer: nn.Module, strangers: Sequence[Tensor], owner: object) -> None:
+    """Refuse optimizers that would not train what they should.
+
+    Args:
+        trainer: the Trainer, whose optimizers are made.
+        balancer: the module's balancer.
+        strangers: what the optimizers have and no module.
+        owner: whom an error names.
+
+    Raises: ``ValueError`` if a trainable parameter of the balancer is in none, naming the line to add; or if there are
+    several processes, which do not bring together what no module has, naming the parameter group.
     """
-    known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    groups = [
+        (number, place, parameter)
+        for number, optimizer in enumerate(trainer.optimizers)
+        for place, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    ]
+    known = {id(parameter) for _, _, parameter in groups}
     forgotten = [name for name, p in balancer.named_parameters() if p.requires_grad and id(p) not in known]
-    if forgotten and optimizers:
+    if forgotten and groups:
         raise bad_argument(
             owner,
             "configure_optimizers",
@@ -73,3 +90,13 @@ def check_balancer_is_optimized(balancer: nn.Module, optimizers: Sequence[Any], 
             f"none for {listed(forgotten)} of {type(balancer).__name__}",
             'Add {"params": self.balancer.parameters(), "weight_decay": 0.0} to the optimizer\'s parameter groups',
         )
+    if not strangers or trainer.world_size == 1 or is_sharded(trainer.strategy):
+        return
+    number, place, parameter = next(each for each in groups if each[2] is strangers[0])
+    raise bad_argument(
+        owner,
+        "configure_optimizers",
+        "train parameters of the module only under several processes, which bring no others together",
+        f"one of shape {list(parameter.shape)} that no module has, in parameter group {place} of optimizer {number}",
+        "Hold it as nn.Parameter, or its layer in an nn.ModuleList, as an attribute of the module",
+    )

@@ -41,13 +41,13 @@ class Encoders(nn.ModuleDict):
                 TypeError,
             )
         for name, encoder in encoders.items():
-            if not carried(name) or hasattr(self, name):
+            if not carried(name) or "." in name or hasattr(self, name):
                 raise bad_argument(
                     self,
                     "encoders",
-                    "have names without dot, slash or space that are no attribute of a ModuleDict",
+                    "have names without a dot that are no attribute of a ModuleDict",
                     repr(name),
-                    "Rename the task",
+                    "Give the encoder another name than the task, and OwnFeatures that name",
                 )
             if not isinstance(encoder, nn.Module):
                 raise bad_argument(

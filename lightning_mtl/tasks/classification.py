@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_mtl.checks import bad_argument, shape
+from lightning_mtl.checks import bad_argument, shape, weights_of
 from lightning_mtl.tasks.task import Task
 
 
@@ -25,9 +25,13 @@ class ClassificationTask(Task):
         target, mask, role: as in :class:`Task`.
         ignore_index: the class number that marks a missing label.
         label_smoothing: in [0, 1), as in ``torch.nn.functional.cross_entropy``.
+        class_weights: one number per class, at least 0. The loss is then the weighted mean, as torch defines it: what
+            the labelled entries cost, each times the weight of its class, over the sum of these weights; over the
+            whole batch of all processes, and over the whole of an evaluation. Labels that all weigh 0 are none. Metrics
+            do not look at weights.
 
     Shapes: logits ``[B, C, ...]``, target integer ``[B, ...]``.
-    Raises: ``ValueError`` if shapes or dtypes differ from these.
+    Raises: ``ValueError`` if shapes or dtypes differ from these, or if there is not one such weight per class.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class ClassificationTask(Task):
         mask: str | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | Tensor | None = None,
         role: str = "main",
     ) -> None:
         if not isinstance(num_classes, int) or num_classes < 2:
@@ -54,6 +59,10 @@ class ClassificationTask(Task):
             metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         super().__init__(head, self._cross_entropy, metrics, target=target, missing=ignore_index, mask=mask, role=role)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        # No buffer: no checkpoint changes it, no cast to half precision rounds it, no meta device leaves it empty.
+        self.class_weights: tuple[float, ...] | None = None
+        if class_weights is not None:
+            self.class_weights = weights_of(class_weights, num_classes, "class_weights", self, some=True)
 
     def predict(self, output: Tensor) -> Tensor:
         """Class numbers: logits ``[B, C, ...]`` -> ``[B, ...]``."""
@@ -98,11 +107,14 @@ class ClassificationTask(Task):
         if looks and bool(((target < 0) | (target >= self.num_classes)).any()):
             raise self._bad_classes(target, name)
 
-    def _loss_of(self, output: Any, target: Any, name: str) -> Tensor:
+    def _loss_of(self, output: Any, target: Any, name: str) -> Tensor | float:
         try:
             return super()._loss_of(output, target, name)
         except IndexError as error:
             raise self._bad_classes(target, name) from error
+
+    def _entry_weights(self, target: Tensor, loss: Tensor) -> Tensor | None:
+        return None if self.class_weights is None else loss.new_tensor(self.class_weights)[target]
 
     def _bad_classes(self, target: Tensor, name: str) -> Exception:
         return bad_argument(
@@ -114,4 +126,8 @@ class ClassificationTask(Task):
         )
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target, reduction="none", label_smoothing=self.label_smoothing)
+        if self.class_weights is None:
+            return F.cross_entropy(output, target, reduction="none", label_smoothing=self.label_smoothing)
+        logits = output if output.dtype == torch.float64 else output.float()  # not to round the weights
+        weights = logits.new_tensor(self.class_weights)
+        return F.cross_entropy(logits, target, weights, reduction="none", label_smoothing=self.label_smoothing)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score
 
-from lightning_mtl.checks import bad_argument, check_tensor, shape
+from lightning_mtl.checks import bad_argument, check_tensor, shape, weights_of
 from lightning_mtl.tasks.cornet import CorNet
+from lightning_mtl.tasks.entries import is_empty
 from lightning_mtl.tasks.task import Task
 
 
@@ -22,12 +24,14 @@ class MultiLabelTask(Task):
         head: features -> logits ``[B, K]``.
         num_labels: ``K``, or the ``K`` label names.
         metrics: by default ``accuracy`` and ``f1`` over all labelled entries, at a threshold of 0.5.
+        pos_weight: one number per label, at least 0, by which the loss of a yes is multiplied, for labels that are
+            rarely a yes. As in torch the loss stays the mean over the labelled entries, each of which counts 1.
         target, mask, role: as in :class:`Task`.
 
     Shapes: logits ``[B, K]``, target float or bool or integer ``[B, K]`` (``[B]`` for one label) with entries in
     [0, 1] or NaN. The loss is the mean over the labelled entries.
-    Raises: ``ValueError`` if a head that says how many labels it has (:class:`CorNet`) has another number, and in
-    training if shapes differ from these.
+    Raises: ``ValueError`` if a head that says how many labels it has (:class:`CorNet`) has another number, if there is
+    not one weight per label, and in training if shapes differ from these.
     """
 
     shares_head = False
@@ -38,6 +42,7 @@ class MultiLabelTask(Task):
         num_labels: int | Sequence[str],
         metrics: Mapping[str, Metric] | None = None,
         *,
+        pos_weight: Sequence[float] | Tensor | None = None,
         target: str | None = None,
         mask: str | None = None,
         role: str = "main",
@@ -54,6 +59,8 @@ class MultiLabelTask(Task):
         if metrics is None:
             metrics = {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score()}
         super().__init__(head, self._cross_entropy, metrics, target=target, missing="nan", mask=mask, role=role)
+        weights = None if pos_weight is None else weights_of(pos_weight, len(self.labels), "pos_weight", self)
+        self.pos_weight = weights
 
     def predict(self, output: Tensor) -> Tensor:
         """Probabilities: logits ``[B, K]`` -> ``[B, K]``."""
@@ -101,7 +108,11 @@ class MultiLabelTask(Task):
             )
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")
+        if self.pos_weight is None:
+            return F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")
+        logits = output if output.dtype == torch.float64 else output.float()  # not to round the weights
+        weights = logits.new_tensor(self.pos_weight).expand(*output.shape[:1], -1).reshape(output.shape)
+        return F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none", pos_weight=weights)
 
 
 class LabelTask(MultiLabelTask):
@@ -120,6 +131,7 @@ class LabelTask(MultiLabelTask):
             all_labels.head,
             [all_labels.labels[column]],
             all_labels._metrics_on("val"),
+            pos_weight=None if all_labels.pos_weight is None else [all_labels.pos_weight[column]],
             target=target,
             mask=all_labels.mask,
             role=all_labels.role,
@@ -135,6 +147,8 @@ class LabelTask(MultiLabelTask):
 
     def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:
         target, mask = super().pick(targets, inputs, name)
+        if is_empty(target):
+            return target, mask
         if not isinstance(target, Tensor) or target.ndim != 2 or target.shape[1] != self.num_columns:
             raise bad_argument(
                 self,
@@ -143,8 +157,10 @@ class LabelTask(MultiLabelTask):
                 shape(target),
                 "Give one column per label",
             )
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != target.shape:
+            raise self._bad_mask(name, target, mask)
         column = slice(self.column, self.column + 1)
-        return target[:, column], mask[:, column] if mask is not None and mask.ndim == 2 else mask
+        return target[:, column], mask[:, column] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
 
 
 def _label_names(num_labels: int | Sequence[str]) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from lightning_mtl.checks import bad_argument, listed
-from lightning_mtl.tasks.task import Task, usable_name
+from lightning_mtl.tasks.names import key_of, name_of, usable
+from lightning_mtl.tasks.task import Task
 
 
 class TaskRegistry(nn.Module):
@@ -16,8 +17,13 @@ class TaskRegistry(nn.Module):
     Args:
         tasks: name -> task.
 
-    Raises: ``ValueError`` if a name cannot be carried by a ModuleDict or a logger, stands twice, or if two tasks
-    share one head by mistake; ``TypeError`` if a value is not a task.
+    Any non-empty string is a name, and stands as it is in batches, logs and errors. In the ``state_dict`` too, but for
+    what torch cannot hold there: names with a dot, and those of a module's attributes such as ``type``, have a key that
+    begins with a percent sign.
+
+    Raises: ``ValueError`` if a name is empty, stands twice or is "loss" (or begins with "loss/"), which would make two
+    meanings of a log key, as would a task "a" with a metric "b/c" beside a task "a/b" with a metric "c"; and if two
+    tasks share one head by mistake; ``TypeError`` if a value is not a task.
 
     Example:
         >>> from torch import nn
@@ -48,12 +54,12 @@ class TaskRegistry(nn.Module):
 
         Raises: as the constructor.
         """
-        # "loss" would make two meanings of the log key "val/loss/...".
-        if not usable_name(name, self._tasks) or name == "loss":
+        # Below "val/loss/" stand the losses of the tasks.
+        if not usable(name) or name in self or f"{name}/".startswith("loss/"):
             raise bad_argument(
                 self,
                 "name",
-                "be a new, non-empty string without dot, slash or space, not 'loss' and no attribute of a module",
+                "be a new, non-empty string that is neither 'loss' nor begins with 'loss/', without 'dataloader_idx_'",
                 repr(name),
                 f"Rename the task (known: {listed(self)})",
             )
@@ -67,6 +73,15 @@ class TaskRegistry(nn.Module):
                 TypeError,
             )
         for other, known in self.items():
+            both = _common_keys((name, task), (other, known))
+            if both:
+                raise bad_argument(
+                    self,
+                    "name",
+                    "make log keys of its own with the task's metrics",
+                    f"{name!r}, of which {listed(both)} is also a metric of {other!r}",
+                    "Rename the task or the metric",
+                )
             common = {id(p) for p in known.parameters()} & {id(p) for p in task.parameters()}
             meant = getattr(task, "shares_head", False) and getattr(known, "shares_head", False)
             if task is known or (common and not meant):
@@ -77,12 +92,12 @@ class TaskRegistry(nn.Module):
                     f"that of {other!r}",
                     "Build one head per task; to share one, put it into the encoder or use MultiLabelTask.per_label",
                 )
-        self._tasks[name] = task
+        self._tasks[key_of(name)] = task
 
     def remove(self, name: str) -> Task:
         """Take a task out and return it. Raises: ``ValueError`` if there is none of that name."""
         task = self[name]
-        del self._tasks[name]
+        del self._tasks[key_of(name)]
         return task
 
     def freeze(self, name: str) -> None:
@@ -98,7 +113,7 @@ class TaskRegistry(nn.Module):
 
     def items(self) -> Iterator[tuple[str, Task]]:
         """Names and tasks, in order."""
-        return iter(self._tasks.items())  # type: ignore[arg-type]
+        return ((name_of(key), task) for key, task in self._tasks.items())  # type: ignore[misc]
 
     @property
     def tasks(self) -> list[Task]:
@@ -108,7 +123,7 @@ class TaskRegistry(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """The names, in order."""
-        return tuple(self._tasks)
+        return tuple(self)
 
     @property
     def main(self) -> tuple[str, ...]:
@@ -116,15 +131,24 @@ class TaskRegistry(nn.Module):
         return tuple(name for name, task in self.items() if task.role == "main")
 
     def __getitem__(self, name: str) -> Task:
-        if name not in self._tasks:
+        if name not in self:
             raise bad_argument(self, "name", f"be one of {listed(self)}", repr(name), "Correct the name")
-        return self._tasks[name]  # type: ignore[return-value]
+        return self._tasks[key_of(name)]  # type: ignore[return-value]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._tasks
+        return isinstance(name, str) and key_of(name) in self._tasks
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tasks)
+        return map(name_of, self._tasks)
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+
+def _common_keys(*named: tuple[str, Task]) -> list[str]:
+    """The log keys that are metrics of both tasks: "a/b/c" of the task "a" and of the task "a/b"."""
+    (one, _), (other, _) = named
+    if not (one.startswith(f"{other}/") or other.startswith(f"{one}/")):
+        return []
+    first, second = ({f"{name}/{metric}" for metric in task.metric_names} for name, task in named)
+    return sorted(first & second)

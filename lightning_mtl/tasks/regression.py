@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
 
 from lightning_mtl.checks import bad_argument, check_choice
-from lightning_mtl.tasks.task import Loss, Task
+from lightning_mtl.tasks.task import Task
+from lightning_mtl.tasks.task_loss import Loss
 
 _LOSSES: dict[str, Loss] = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 

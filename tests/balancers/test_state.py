@@ -147,6 +147,9 @@ def test_a_users_state_is_its_own_too():
     assert not list(balancer.buffers())
     assert list(balancer.state_dict()) == ["learned", "counted", "also", "net.weight", "net.bias"]
     assert [name for name, _ in balancer.named_state()] == ["counted", "hidden", "also"]
+    assert balancer.get_buffer("counted") is balancer.counted
+    with pytest.raises(AttributeError, match="no attribute `learnt`"):
+        balancer.get_buffer("learnt")
     resumed = bound()
     resumed.load_state_dict(balancer.state_dict())
     assert resumed.counted.tolist() == [4, 5, 6]

@@ -7,10 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch import callbacks as available
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
 
 from tests.nets import conv, loader, module, network, trainer
+from tests.versions import needs
 
 
 class Networks(L.Callback):
@@ -34,8 +36,9 @@ def fitted(balancer: str, *callbacks: L.Callback) -> tuple[Any, list[Tensor]]:
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("balancer", ["pcgrad", "gradnorm", "moco", "excess_mtl", "gradvac", "dwa", "famo", "rlw"])
 def test_the_balancer_goes_on_and_the_model_is_averaged(balancer, use_buffers):
+    needs("lightning", "2.6", "weight averaging")
     plain, steps = fitted(balancer)
-    averaged, seen = fitted(balancer, EMAWeightAveraging(decay=0.5, use_buffers=use_buffers))
+    averaged, seen = fitted(balancer, available.EMAWeightAveraging(decay=0.5, use_buffers=use_buffers))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, steps, strict=True))
     state, expected = averaged.balancer.state_dict(), plain.balancer.state_dict()
     assert state.keys() == expected.keys()

@@ -10,6 +10,7 @@ import yaml
 
 from lightning_mtl.balancers import Fixed, GradNorm, PCGrad
 from lightning_mtl.cli.compare import load
+from tests.versions import needs
 
 QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 DRY = [*QUICK, "--trainer.fast_dev_run=1"]
@@ -116,6 +117,7 @@ def test_help_lists_the_subcommands(recipe, capsys):
 
 
 def test_a_checkpoint_brings_its_balancer_and_tasks(recipe):
+    needs("lightning", "2.5.5", "a command line that reads the checkpoint's settings")
     module = load(recipe)
     module.main([*QUICK, "--model.balancer=gradnorm", "--model.balancer.alpha=0.5", "--model.tasks=[b]"])
     (checkpoint,) = Path("logs/small/version_0/checkpoints").iterdir()

@@ -32,8 +32,10 @@ import lightning_mtl
 from lightning_mtl import Balanced, MultiTaskModule
 from lightning_mtl.balancers import resolve
 from lightning_mtl.sharing import Encoders, OwnFeatures, ProximalStep
-from lightning_mtl.tasks import MultiLabelTask, Task
+from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, Task
+from tests.distributed import uneven
 from tests.nets import WIDTH, HandWritten, Samples, mlp, module, network, samples, sgd, three_tasks, trainer
+from tests.versions import TENSORS_ONLY
 
 BATCH = 16  # samples of both processes together
 HALF = BATCH // 2
@@ -172,6 +174,8 @@ def loader(data: Samples, stops: tuple[int, int] | None = None) -> DataLoader:
 
 
 def training_data(run: Run) -> Any:
+    if run.model in uneven.DATA:
+        return uneven.loader(run.model, rank(), world(), times=2)
     num = run.steps * run.accumulate * BATCH
     if run.model != "loaders":
         return loader(dataset(run.labels, num))
@@ -273,6 +277,53 @@ def per_label(run: Run) -> MultiTaskModule:
     return MultiTaskModule(mlp(), {**colours, "size": three_tasks()["size"]}, run.balancer, run.level, optimizer=sgd)
 
 
+def weighted(run: Run) -> MultiTaskModule:
+    """With class weights the mean is over their sum, which differs between the processes, and may be below 1."""
+    torch.manual_seed(0)
+    kind = ClassificationTask(nn.Linear(WIDTH, 3), 3, class_weights=[0.01, 0.5, 0.03])
+    return MultiTaskModule(mlp(), three_tasks() | {"kind": kind}, run.balancer, run.level, optimizer=forgetful)
+
+
+class Instances(MultiTaskModule):
+    """A task on what was found in the batch, of which a process may have nothing; its labels are complete."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, targets = batch
+        found = targets["size"].isfinite()
+        targets = targets | {"size": targets["size"][found, None]}
+        return super().training_step(({"images": x, "instances": x[found]}, targets), batch_idx)
+
+
+class Of(nn.Module):
+    """Applies a module to each entry of a mapping, or to one of them."""
+
+    def __init__(self, part: nn.Module, key: str = "") -> None:
+        super().__init__()
+        self.part, self.key = part, key
+
+    def forward(self, given: dict[str, Tensor]) -> Any:
+        return self.part(given[self.key]) if self.key else {key: self.part(value) for key, value in given.items()}
+
+
+def instances(run: Run) -> MultiTaskModule:
+    torch.manual_seed(0)
+    tasks = three_tasks() | {"size": Task(nn.Linear(WIDTH, 1), nn.MSELoss())}
+    for name, task in tasks.items():
+        task.head = Of(task.head, "instances" if name == "size" else "images")
+    return Instances(Of(mlp()), tasks, run.balancer, run.level, optimizer=forgetful)
+
+
+def off_without_labels(output: Tensor, target: Tensor) -> Tensor | float:
+    there = target.isfinite()
+    return F.mse_loss(output[there, 0], target[there]) if there.any() else 0.0
+
+
+def switched_off(run: Run) -> MultiTaskModule:
+    torch.manual_seed(0)
+    tasks = three_tasks() | {"size": Task(nn.Linear(WIDTH, 1), off_without_labels)}
+    return MultiTaskModule(mlp(), tasks, run.balancer, run.level, optimizer=forgetful)
+
+
 class Soft(MultiTaskModule):
     """One encoder per task, and a proximal step over their first layers."""
 
@@ -303,7 +354,11 @@ def sharded(run: Run) -> MultiTaskModule:
     return Sharded(mlp(), three_tasks(), run.balancer, optimizer=sgd)
 
 
-MODELS: dict[str, Callable[[Run], Any]] = {
+def of_uneven_parts(run: Run) -> MultiTaskModule:
+    return uneven.build(run.model, SPECS.get(run.balancer, run.balancer), run.level, forgetful, world())
+
+
+MODELS: dict[str, Callable[[Run], Any]] = dict.fromkeys(uneven.DATA, of_uneven_parts) | {
     "declared": declared,
     "loaders": own_loaders,
     "handwritten": lambda run: HandWritten(),
@@ -313,6 +368,9 @@ MODELS: dict[str, Callable[[Run], Any]] = {
     "weight_heads": lambda run: declared(run, weight_heads=True),
     "frozen": frozen,
     "per_label": per_label,
+    "weighted": weighted,
+    "instances": instances,
+    "switched_off": switched_off,
     "soft": soft,
     "sharded": sharded,
 }
@@ -347,7 +405,7 @@ def network_of(model: nn.Module) -> Tensor:
 def fit(run: Run, ckpt_path: str | None = None) -> dict[str, Any]:
     model = MODELS[run.model](run)
     fitted = trainer_of(run)
-    options = {"ckpt_path": ckpt_path, "weights_only": True} if ckpt_path else {}
+    options = {"ckpt_path": ckpt_path, **TENSORS_ONLY} if ckpt_path else {}
     fitted.fit(model, training_data(run), **options)
     return {"network": network_of(model), "balancer": state_of(getattr(model, "balancer", nn.Module()))}
 
@@ -373,8 +431,9 @@ def recipe(run: Run) -> dict[str, Any]:
 def logs(run: Run) -> dict[str, float]:
     """What was logged in training (the last step's) and in validation."""
     model = MODELS[run.model](run)
-    fitted = trainer_of(run, log_every_n_steps=run.steps)
-    fitted.fit(model, training_data(run), loader(dataset(run.labels, 4 * BATCH, seed=1)))
+    data, parts = training_data(run), run.model in uneven.DATA
+    fitted = trainer_of(run, log_every_n_steps=len(data))
+    fitted.fit(model, data, training_data(run) if parts else loader(dataset(run.labels, 4 * BATCH, seed=1)))
     return {key: value.item() for key, value in fitted.callback_metrics.items()}
 
 

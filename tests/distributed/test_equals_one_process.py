@@ -38,6 +38,10 @@ RUNS = [
     *runs([("gradnorm_shared", "parameters")]),
     *runs(GRAM_PAIRS, model="weight_heads", steps=5),
     *runs(PAIRS[1:], ["colours"], model="per_label"),
+    *runs(PAIRS, ["uneven"], model="weighted"),
+    *runs(PAIRS, ["one_rank"], model="instances"),
+    *runs(PARAMETERS[1:3], ["nowhere", "uneven"], model="instances"),
+    *runs(PARAMETERS, ["one_rank"], model="switched_off"),
     *runs(GRAM_PAIRS, ["all", "one_rank"], model="synchronised"),
     *runs(PARAMETERS[1:3], model="frozen", steps=5),
     # One loader per task, also exhausted early, on both processes at once or on one before the other.

@@ -8,6 +8,7 @@ from tests.distributed.runs import TASKS, Run
 from tests.nets import BALANCERS
 
 RUNS = [Run(balancer, do="logs", labels=labels, steps=5) for balancer, labels in product(BALANCERS, ("all", "uneven"))]
+RUNS += [Run("fixed", do="logs", labels="uneven", steps=5, model="weighted")]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)

@@ -129,16 +129,6 @@ def test_graph_discovery_survives_a_first_batch_with_one_task():
     assert model.last_balance.gram is not None
 
 
-def test_a_checkpoint_of_the_tasks_in_another_order_is_refused():
-    checkpoint: dict[str, object] = {}
-    Two().on_save_checkpoint(checkpoint)
-    other = Two()
-    other.task_names = ("b", "a")
-    with pytest.raises(ValueError, match="in this order"):
-        other.on_load_checkpoint(checkpoint)
-    Two().on_load_checkpoint(checkpoint)
-
-
 def test_fixed_weights_come_from_the_configuration_not_from_a_checkpoint():
     configured = Fixed(2, weights=[1.0, 0.03])
     configured.load_state_dict(Fixed(2).state_dict())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.optimize import brentq, minimize, minimize_scalar, nnls
+from scipy.optimize import brentq, minimize, minimize_scalar, nnls, root
 
 from lightning_mtl.linalg import (
     cagrad_dual,
+    cancelling,
     equal_angles,
     factor,
     fair_weights,
@@ -17,6 +18,7 @@ from lightning_mtl.linalg import (
     project_on_simplex,
     random_orders,
     simplex_qp,
+    solve_symmetric,
     unit_gram,
 )
 
@@ -147,3 +149,74 @@ def test_random_orders(num_tasks):
     others = [[t for t in range(num_tasks) if t != task] for task in range(num_tasks)]
     assert [sorted(order) for order in orders.tolist()] == others
     assert (orders == random_orders(num_tasks, 3)).all()
+
+
+@SEEDS
+def test_cancelling(seed):
+    """Two groups that cancel, each with weights > 0, and rows beside them; the order does not matter."""
+    generator = np.random.default_rng(seed)
+    given = np.zeros((9, 7))
+    for first, count, axes in ((0, 3, slice(0, 2)), (3, 2, slice(2, 3))):
+        weights, made = generator.uniform(0.5, 1, count), generator.standard_normal((count, axes.stop - axes.start))
+        given[first : first + count, axes] = made - np.outer(weights, weights @ made) / (weights @ weights)
+    given[5:] = generator.standard_normal((4, 7))
+    given[5:, 6] = np.abs(given[5:, 6]) + 0.1
+    order = generator.permutation(9)
+    given = given[order].astype(np.float32).astype(float)
+    unit, norms = unit_gram(given @ given.T)
+    found = cancelling(unit, float(np.finfo(np.float32).eps))
+    assert (found > 0).tolist() == (order < 5).tolist()
+    assert np.linalg.norm(found @ (given / norms[:, None])) <= 1e-6
+    assert not cancelling(unit_gram(given[order > 4] @ given[order > 4].T)[0]).any()
+
+
+@SEEDS
+def test_pushes_that_ask_for_what_the_rows_forbid_stay_finite(seed):
+    """Two opposite rows cannot both be gone along: then the pushes are as large as a few rounds make them."""
+    unit = np.array([[1.0, -1.0, 0.3], [-1.0, 1.0, -0.3], [0.3, -0.3, 1.0]])
+    wish = np.random.default_rng(seed).uniform(0.1, 1, 3)
+    for resolution in (0.0, 1e-7, 1e-2):
+        found = nonnegative_qp(unit, -wish[None], resolution)[0]
+        assert np.isfinite(found).all()
+        assert (found >= 0).all()
+        assert found.max() <= 10 / max(resolution, 1e-10)
+
+
+@SEEDS
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_rank_is_that_of_the_rows_before_they_were_rounded(seed, dtype):
+    given = rows(6, seed, rank=2).astype(dtype).astype(float)
+    unit, _ = unit_gram(given @ given.T)
+    resolution = float(np.finfo(dtype).eps)
+    assert factor(unit, resolution).shape == (6, 2)
+    right = unit @ np.ones(6)
+    found = solve_symmetric(unit, right, resolution)
+    assert np.linalg.norm(found) <= 1.01 * 6**0.5
+    assert np.abs(unit @ found - right).max() <= 10 * resolution + 1e-12
+
+
+@SEEDS
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_where_rows_cancel_a_bargain_is_the_limit_of_raised_grams(seed, power):
+    """Found by SciPy for a sum of squares that vanishes; what it leaves falls with its root."""
+    generator = np.random.default_rng(seed)
+    row, other = generator.standard_normal((2, 4))
+    given = np.stack([row, -generator.uniform(0.5, 2) * row, other])
+    norms = np.linalg.norm(given, axis=1)
+    update = given.T @ fair_weights(given @ given.T, power)
+
+    def raised(ridge: float) -> np.ndarray:
+        inner = given @ given.T + ridge * np.diag(norms**2)
+
+        def lack(x: np.ndarray) -> np.ndarray:
+            return inner @ np.exp(x) - np.exp(-power * x)
+
+        def slopes(x: np.ndarray) -> np.ndarray:
+            return inner * np.exp(x) + np.diag(power * np.exp(-power * x))
+
+        found = root(lack, -np.log(norms), jac=slopes, tol=1e-13)
+        return given.T @ np.exp(found.x)
+
+    away = [np.linalg.norm(update - raised(ridge)) / np.linalg.norm(update) for ridge in (1e-2, 1e-4, 1e-6)]
+    assert away[2] <= 0.05
+    assert away[2] <= away[1] <= away[0]

@@ -7,11 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as available
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from tests.nets import HandWritten, Transformer, conv, loader, mlp, module, network, trainer
+from tests.versions import needs
 
 STEPS = 50
 
@@ -27,11 +29,14 @@ class Rate(Callback):
 
 
 def ema() -> Callback:
-    return EMAWeightAveraging(decay=0.9)
+    needs("lightning", "2.6", "weight averaging")
+    return available.EMAWeightAveraging(decay=0.9)
 
 
 def weight_averaging() -> Callback:
-    class Late(WeightAveraging):
+    needs("lightning", "2.6", "weight averaging")
+
+    class Late(available.WeightAveraging):
         def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
             return step_idx is not None and step_idx >= 10
 

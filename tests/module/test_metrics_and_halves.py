@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.tasks import ClassificationTask
 from tests.nets import WIDTH, Samples, loader, mlp, module, network, samples, sgd, trainer
+from tests.versions import TENSORS_ONLY
 
 X, TARGETS = samples(32)
 
@@ -45,7 +46,7 @@ def test_a_checkpoint_at_the_end_of_validation_holds_what_the_balancer_was_shown
     resumed = two_kinds(balancer, seed=5)
     same = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=False, save_top_k=-1)
     again = trainer(max_epochs=3, callbacks=[same], enable_checkpointing=True)
-    again.fit(resumed, kinds(), kinds(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    again.fit(resumed, kinds(), kinds(), ckpt_path=tmp_path / "epoch=0.ckpt", **TENSORS_ONLY)
     key = next(name for name in model.balancer.state_dict() if name.endswith("progress"))
     assert model.balancer.state_dict()[key].isfinite().all()
     assert torch.equal(resumed.balancer.state_dict()[key], model.balancer.state_dict()[key])

@@ -155,7 +155,7 @@ def test_an_overflow_of_the_backward_is_skipped(balancer, level):
 @pytest.mark.parametrize("encoder", [mlp, conv])
 def test_other_precisions_keep_the_balancers_buffers(balancer, level, precision, encoder):
     model = module(balancer, level=level, encoder=encoder)
-    before = {name: buffer.dtype for name, buffer in model.balancer.named_buffers()}
+    before = {name: value.dtype for name, value in model.balancer.named_state()}
     data: Any = loader(5 * 16)
     if precision.endswith("true"):
         dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
@@ -165,7 +165,7 @@ def test_other_precisions_keep_the_balancers_buffers(balancer, level, precision,
             batch_size=16,
         )
     record = fit(model, data, precision=precision)
-    assert {name: buffer.dtype for name, buffer in model.balancer.named_buffers()} == before
+    assert {name: value.dtype for name, value in model.balancer.named_state()} == before
     assert record.networks[-1].isfinite().all()
     assert record.states[-1].isfinite().all()
     if balancer in GRAM_BALANCERS:

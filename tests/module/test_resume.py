@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_mtl import MultiTaskModule
 from tests.nets import BALANCERS, LEVELS, module, network, samples, trainer
+from tests.versions import TENSORS_ONLY
 
 BATCHES = 6
 
@@ -54,7 +55,7 @@ def run(
     model = module(balancer, level=level, optimizer=adam, seed=0 if resume is None else 99)
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=at, save_top_k=-1)
     go = trainer(max_epochs=3, accumulate_grad_batches=accumulate, enable_checkpointing=True, callbacks=[keep])
-    go.fit(model, ResumableLoader(), ckpt_path=resume, weights_only=None if resume is None else True)
+    go.fit(model, ResumableLoader(), ckpt_path=resume, **TENSORS_ONLY)
     assert go.global_step == 3 * BATCHES // accumulate
     return model
 

@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import callbacks as available
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from tests.nets import HandWritten, conv, loader, mlp, module, network, sgd, trainer
+from tests.versions import needs
 
 Make = Callable[..., L.LightningModule]
 
@@ -69,7 +70,8 @@ def swa_with_batch_norm(given: Given) -> Tensor:
 
 
 def ema(given: Given) -> Tensor:
-    return given.fit(callbacks=[EMAWeightAveraging(decay=0.9)])
+    needs("lightning", "2.6", "weight averaging")
+    return given.fit(callbacks=[available.EMAWeightAveraging(decay=0.9)])
 
 
 def detect_anomaly(given: Given) -> Tensor:
@@ -103,6 +105,7 @@ def lr_find(given: Given) -> Tensor:
 
 
 def lr_finder_callback(given: Given) -> Tensor:
+    needs("lightning", "2.5.3", "a fit that goes on after this callback")
     finder = LearningRateFinder(num_training_steps=8, max_lr=1e-2, update_attr=False)
     return given.fit(callbacks=[finder])
 

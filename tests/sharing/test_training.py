@@ -9,6 +9,7 @@ from torch import nn
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.sharing import CONSTRAINTS, Constraint, Encoders, OwnFeatures, ProximalStep, matching, penalty_of
 from tests.nets import conv, loader, mlp, network, three_tasks, trainer
+from tests.versions import TENSORS_ONLY
 
 NAMES = ("kind", "size", "shape")
 each_constraint = pytest.mark.parametrize("name", CONSTRAINTS)
@@ -46,7 +47,11 @@ def test_each_head_reads_its_own_encoder():
         assert torch.equal(output, head(module.encoder[name](x)))
 
 
-@pytest.mark.parametrize("balancer", ["pcgrad", "mgda", "gradnorm"])
+# No layer is reached by every task, so GradNorm looks at all parameters.
+EVERYWHERE = {"class_path": "gradnorm", "init_args": {"norms_at": "shared"}}
+
+
+@pytest.mark.parametrize("balancer", ["pcgrad", "mgda", EVERYWHERE], ids=["pcgrad", "mgda", "gradnorm"])
 @pytest.mark.parametrize("level", ["parameters", "features"])
 def test_gradient_balancers_train_it(balancer, level):
     module = soft(balancer, level=level)
@@ -54,6 +59,12 @@ def test_gradient_balancers_train_it(balancer, level):
     fitted(module)
     assert network(module).isfinite().all()
     assert (network(module) != before).all()
+
+
+def test_gradnorm_has_no_layer_to_look_at():
+    with pytest.raises(ValueError, match='Pass norms_at="shared" to the balancer'):
+        fitted(soft("gradnorm"))
+    fitted(soft("gradnorm", level="features"))
 
 
 def test_nothing_is_shared_so_pcgrad_projects_nothing():
@@ -256,7 +267,7 @@ def test_it_can_be_copied_and_a_resumed_run_goes_on_as_if_never_stopped(tmp_path
     first.fit(half, loader())
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = soft()
-    trainer(callbacks=[step], max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    trainer(callbacks=[step], max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt", **TENSORS_ONLY)
     assert torch.equal(network(resumed), network(whole))
 
 
@@ -281,7 +292,7 @@ def two_groups(groups):
     "step, options, text",
     [
         (ProximalStep(encoders="trunk"), {}, "`encoders` must name a part of the module, got 'trunk'"),
-        (ProximalStep(encoders="total_loss.val"), {}, "be an Encoders, a ModuleDict or a list of modules"),
+        (ProximalStep(encoders="balancer"), {}, "be an Encoders, a ModuleDict or a list of modules"),
         (ProximalStep(names=["9.weight"]), {}, "`names` must be among '0.weight'"),
         (ProximalStep(), {"optimizer": two_groups}, "one group of one optimizer holds for all tasks, got '0.weight'"),
     ],

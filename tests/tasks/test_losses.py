@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, ReconstructionTask, RegressionTask, Task
+from lightning_mtl.tasks import (
+    ClassificationTask,
+    MultiLabelTask,
+    ReconstructionTask,
+    RegressionTask,
+    Task,
+    entries,
+    task_loss,
+)
 
 B, C, K, H, W = 5, 4, 3, 2, 3
 Entry = Callable[[Any, Any], Tensor]
@@ -191,7 +199,7 @@ def test_complete_labels(name):
     wanted, wanted_grad = reference(case, *data(case), labels(case, "all"))
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(grad, wanted_grad, rtol=1e-12, atol=1e-14)
-    assert count is None or int(count) == labels(case, "all").numel()
+    assert count == labels(case, "all").numel()
 
 
 @pytest.mark.parametrize("which", ["all", "some", "none"])
@@ -293,7 +301,7 @@ def test_a_loss_that_is_a_scalar_stays_as_it_is():
     output, target = torch.randn(B, K), torch.randn(B, K)
     loss, count = Task(nn.Identity(), lambda a, b: (a * b).sum()).mean_loss(output, target, "a")
     assert loss == (output * target).sum()
-    assert count is None
+    assert count == B
 
 
 def test_a_target_need_not_be_a_tensor():
@@ -340,3 +348,39 @@ def test_shapes_meet_or_are_refused(name, output):
 def test_a_loss_of_ones_own_that_grows_is_refused():
     with pytest.raises(ValueError, match="never broadcast"):
         ELEMENTWISE["lambda, gaps"]().mean_loss(torch.zeros(B, 1), torch.zeros(B, 1), "a")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As on a device whose numbers the host would have to wait for: what is known there, is known from shapes."""
+    for file in (entries, task_loss):
+        monkeypatch.setattr(file, "readable", lambda tensor: False)
+
+
+@pytest.mark.parametrize("which", ["all", "some", "none"])
+@pytest.mark.parametrize("name", CASES)
+def test_where_the_host_would_have_to_wait(elsewhere, name, which):
+    case = CASES[name]
+    output, target = data(case)
+    there = labels(case, which)
+    check(case, case.task(mask="m"), (output, target, there), (output, target), there)
+    away = ~there.reshape(*there.shape, *(1 for _ in target.shape[there.ndim :])).expand(target.shape)
+    dirty = target.masked_fill(away, math.nan) if target.is_floating_point() else target.masked_fill(away, -1)
+    check(case, case.task(mask="m"), (output, dirty, there), (output, target), there)
+    _, count = case.task(mask="m").mean_loss(output, dirty, "a", there)
+    assert isinstance(count, Tensor)
+
+
+@pytest.mark.parametrize("classes", [[0, 2, 1], [2, -100, 2], [-100] * 3])
+def test_class_weights_where_the_host_would_have_to_wait(elsewhere, classes):
+    output, target = torch.randn(3, 3, dtype=torch.float64, requires_grad=True), torch.tensor(classes)
+    weights = [0.1, 4.0, 0.0]
+    loss, count = ClassificationTask(nn.Identity(), 3, class_weights=weights).mean_loss(output, target, "a")
+    wanted = F.cross_entropy(output, target, torch.tensor(weights).double())
+    if wanted.isnan():
+        wanted = (output * 0).sum()
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, output), torch.autograd.grad(wanted, output), rtol=1e-6, atol=0
+    )
+    assert float(count) == pytest.approx(sum(weights[c] for c in classes if c >= 0))

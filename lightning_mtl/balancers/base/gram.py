@@ -21,8 +21,8 @@ from lightning_mtl.checks import (
     check_present,
     check_rows,
 )
-from lightning_mtl.linalg import EXACT
 from lightning_mtl.linalg import gram as gram_of
+from lightning_mtl.linalg.unit import EXACT
 
 
 def _plain(given: Tensor) -> Tensor:
@@ -136,8 +136,9 @@ class GramBalancer(Balancer):
         self._check_bound()
         if resolution is None:
             resolution = EXACT if gram.dtype is torch.float64 else _told(gram)
-        check_number(resolution, "resolution", self, low=0.0, high=1.0)
-        self.resolution = resolution
+        if resolution != self.resolution:  # setting what a module has takes longer than some methods' whole solve
+            check_number(resolution, "resolution", self, low=0.0, high=1.0)
+            self.resolution = resolution
         gram, losses = _plain(gram), _plain(losses)
         tasks = ALL
         if present is not None:

@@ -51,6 +51,11 @@ class State(nn.Module):
         self._non_persistent_buffers_set.discard(name)
         self.__dict__[name] = self._buffers.pop(name)
 
+    def get_buffer(self, target: str) -> Tensor:
+        """What is remembered under a name, as in any module."""
+        found: Tensor = self.__dict__[target] if target in self._state else super().get_buffer(target)
+        return found
+
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """All that is remembered here and in the modules below, in the state dict or not."""
         for prefix, module in self.named_modules():
@@ -147,6 +152,8 @@ def _making_real_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def made(self: State, *args: Any, **kwargs: Any) -> Any:
+        # The first call is that of the object's own class: what it was made from can be written down.
+        self.__dict__.setdefault("_made_from", (args, kwargs))
         if self.state_on_cpu or torch.empty(0).is_meta:
             with torch.device("cpu"):
                 return method(self, *args, **kwargs)

@@ -20,9 +20,11 @@ class TaskGradients(ABC):
 
     Attributes:
         inputs: what the combination is for; the autograd node hands it there, before the private parameters.
+        resolution: the relative rounding of the numbers behind the gram, once that is taken.
     """
 
     inputs: list[Tensor]
+    resolution: float
 
     def __init__(self, step: Step, balancer: GramBalancer | RowBalancer) -> None:
         self.step, self.balancer = step, balancer

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.engine.collectives import parts_gram
-from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, real, zeros_for
+from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, real, resolution, zeros_for
 from lightning_mtl.engine.gradients.base import TaskGradients
 from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.types import Step
@@ -43,6 +43,7 @@ class Features(TaskGradients):
             [real(zeros_for(root) if grad is None else grad) for root, grad in zip(roots, grads, strict=True)]
             for roots, grads in zip(self.step.roots, self.heads.roots, strict=True)
         ]
+        self.resolution = resolution(grad.dtype for grad in rows[0])
         return parts_gram(rows, disjoint=True)
 
     def combine(self, weights: Tensor) -> Grads:

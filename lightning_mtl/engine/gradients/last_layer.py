@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import parts_gram
-from lightning_mtl.engine.differentiate import grad_of, real, seeds_for
+from lightning_mtl.engine.differentiate import grad_of, real, resolution, seeds_for
 from lightning_mtl.engine.gradients.features import Features
 from lightning_mtl.types import Step
 
@@ -27,6 +27,7 @@ class LastLayer(Features):
             grads = grad_of(roots, self.layer, seeds_for(roots, read), keep=True)
             pairs = zip(grads, self.layer, strict=True)
             rows.append([real(torch.zeros_like(p) if grad is None else grad) for grad, p in pairs])
+        self.resolution = resolution(grad.dtype for grad in rows[0])
         return parts_gram(rows, disjoint=False)
 
 

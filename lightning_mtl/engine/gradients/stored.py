@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Mapping
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import RowExchange, parts_gram
-from lightning_mtl.engine.differentiate import Grads, grad_of, seeds_for
+from lightning_mtl.engine.differentiate import Grads, grad_of, resolution, seeds_for
 from lightning_mtl.engine.gradients.base import TaskGradients
 from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.engine.gradients.last_layer import layer_of
@@ -28,7 +29,11 @@ class Stored(TaskGradients):
         super().__init__(step, balancer)
         self.inputs = [*step.shared, *step.shared_heads]
         self.layout = Layout(self.inputs)
-        self.groups = _groups(step, balancer, self.layout.sizes)
+        self.resolution = resolution(parameter.dtype for parameter in self.inputs)
+        groups = _groups(step, balancer, self.layout.sizes)
+        self.groups = None if groups is None else list(groups.values())
+        columns = zip(map(id, self.inputs), self.layout.sizes, strict=True)
+        _follow(balancer, dict(columns) if groups is None else dict.fromkeys(groups, 1))
         at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and balancer.due
         self.layer = layer_of(step, balancer) if at_layer else None
 
@@ -100,14 +105,14 @@ class Stored(TaskGradients):
         return grads
 
 
-def _groups(step: Step, balancer: GramBalancer | RowBalancer, sizes: list[int]) -> list[int] | None:
-    """The widths of the groups of parameters on which a balancer works apart; ``None`` if it does not."""
+def _groups(step: Step, balancer: GramBalancer | RowBalancer, sizes: list[int]) -> dict[object, int] | None:
+    """The groups of parameters on which a balancer works apart, each with its width; ``None`` if it does not."""
     if not isinstance(balancer, GramBalancer) or not balancer.grouped:
         return None
     if balancer.granularity == "whole":
-        return [sum(sizes)]
+        return {0: sum(sizes)}
     if balancer.granularity == "tensor":
-        return sizes
+        return {id(parameter): size for parameter, size in zip((*step.shared, *step.shared_heads), sizes, strict=True)}
     if step.layers is None:
         raise bad_argument(
             balancer,
@@ -116,5 +121,30 @@ def _groups(step: Step, balancer: GramBalancer | RowBalancer, sizes: list[int]) 
             "'layer'",
             "Change it, or use Balanced or MultiTaskModule",
         )
-    pairs = groupby(zip(step.layers, sizes, strict=True), key=lambda pair: pair[0])
-    return [sum(size for _, size in members) for _, members in pairs]
+    found: dict[object, int] = {}
+    for layer, members in groupby(zip(step.layers, sizes, strict=True), key=lambda pair: pair[0]):
+        # A layer whose parameters do not stand side by side is several groups.
+        found[layer, sum(key[0] == layer for key in found)] = sum(size for _, size in members)  # type: ignore[index]
+    return found
+
+
+def _follow(balancer: GramBalancer | RowBalancer, places: Mapping[object, int]) -> None:
+    """Tell a balancer that remembers something per parameter which of them are where, if that has changed.
+
+    Args:
+        balancer: any.
+        places: key of each parameter, or group of them -> how many columns, or groups, it is, in their order.
+    """
+    if not balancer.growing:
+        return
+    before: Mapping[object, int] | None = getattr(balancer, "_places", None)
+    balancer._places = places  # type: ignore[assignment]
+    # Of a copy, or after a resume, the parameters are others, in the same order.
+    if before is None or before == places or not before.keys() & places.keys():
+        return
+    starts = dict(zip(before, accumulate(before.values(), initial=0), strict=False))
+    kept = [
+        torch.arange(starts[key], starts[key] + size) if before.get(key) == size else torch.full((size,), -1)
+        for key, size in places.items()
+    ]
+    balancer.rearrange(torch.cat(kept))

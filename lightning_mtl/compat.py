@@ -1,0 +1,21 @@
+"""Where the versions and packages that this one stands on differ; ``docs/versions.md`` says which are tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+# Renamed in torch 2.13; a build of torch without processes has neither.
+reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+# What versions say of each other, about which the user of a recipe can do nothing: Lightning 2.6 against torch 2.13.
+NOISE = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
+
+
+def is_named(thing: object, *names: str) -> bool:
+    """Whether its class, or one behind it, has one of these names.
+
+    ``lightning`` and ``pytorch_lightning`` are two packages with the same classes; ``isinstance`` knows those of one.
+    """
+    return any(cls.__name__ in names for cls in type(thing).__mro__)

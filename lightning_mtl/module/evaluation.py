@@ -1,0 +1,115 @@
+"""What is logged of training and evaluation: losses and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_mtl.engine import mean_over_ranks
+from lightning_mtl.metrics.total_loss import TotalLoss
+from lightning_mtl.module.results import TaskResult
+from lightning_mtl.tasks import TaskRegistry
+
+
+class EvaluationLog:
+    """Losses and metrics of one stage, over all samples of a loader.
+
+    Args:
+        stage: "val" or "test".
+        num_tasks: ``T``.
+    """
+
+    def __init__(self, stage: str, num_tasks: int) -> None:
+        self.stage = stage
+        self.each = [TotalLoss(1) for _ in range(num_tasks)]
+        self.total = TotalLoss(num_tasks)
+
+    def start_loader(self, tasks: TaskRegistry) -> None:
+        """Lightning has computed what belongs to the loader before, and resets after the last one only."""
+        metrics = [metric for _, task in tasks.items() for metric in task._metrics_on(self.stage).values()]
+        for metric in [self.total, *self.each, *metrics]:
+            metric.reset()
+
+    def add(
+        self,
+        module: pl.LightningModule,
+        tasks: TaskRegistry,
+        results: Mapping[str, TaskResult],
+        *,
+        named: bool,
+        last: bool,
+    ) -> None:
+        """Add a batch, and log through the module.
+
+        Args:
+            module: the module of the tasks.
+            tasks: the registry.
+            results: of the tasks that have samples in the batch.
+            named: whether there is a loader per task, which the keys tell already; otherwise Lightning numbers several.
+            last: whether this is the last loader.
+        """
+        names, stage = list(tasks), self.stage
+
+        def log(key: str, value: Metric) -> None:
+            # The attribute would be looked for among the module's, whose names are its user's.
+            options: dict[str, Any] = {"add_dataloader_idx": not named, "batch_size": 1, "metric_attribute": key}
+            module.log(key, value, on_step=False, on_epoch=True, **options)
+
+        for name, result in results.items():
+            place, count = names.index(name), result.counts[0]
+            each = self.each[place]
+            # The mean of nothing may be NaN.
+            loss = torch.zeros_like(result.loss) if result.absent else result.loss
+            each.to(loss.device).update(0, loss, count)
+            self.total.to(loss.device).update(place, loss, count)
+            log(f"{stage}/loss/{name}", each)
+            shown = tasks[name].update_metrics(stage, result.output, result.target, name, result.mask)
+            for key, metric in shown.items():
+                log(f"{stage}/{name}/{key}", metric)
+        # With a loader per task Lightning takes one key from one loader only; the total is known after the last.
+        if last or not named:
+            log(f"{stage}/loss", self.total)
+
+
+def log_training(
+    module: pl.LightningModule,
+    tasks: TaskRegistry,
+    results: Mapping[str, TaskResult],
+    losses: Sequence[Tensor],
+    present: Tensor | None,
+    *,
+    metrics: bool,
+) -> None:
+    """Log a step: the losses where Lightning logs at all, and on demand the metrics of the epoch.
+
+    Args:
+        module: logs.
+        tasks: the registry.
+        results: of the tasks that this process has a batch of.
+        losses: this process's shares of the ``T`` losses.
+        present: bool ``[T]``, or ``None`` for all.
+        metrics: whether to show the batch to the metrics of training.
+    """
+    for name, result in results.items() if metrics else ():
+        shown = tasks[name].update_metrics("train", result.output, result.target, name, result.mask)
+        for key, metric in shown.items():
+            module.log(f"train/{name}/{key}", metric, on_step=False, on_epoch=True, batch_size=1)
+    every = cast(Any, module.trainer).log_every_n_steps if module._trainer is not None else 0
+    if not every or (module.trainer.global_step + 1) % every:
+        return
+    values = torch.stack([loss.detach() for loss in losses])
+    seen = torch.ones_like(values, dtype=torch.bool) if present is None else present.clone()
+    for place, name in enumerate(tasks):
+        if name in results and results[name].constant:
+            # It has a value, though no part in the step.
+            values[place] = torch.where(seen[place], values[place], results[name].loss.detach())
+            seen[place] = True
+    values = mean_over_ranks(values)
+    keys = [f"train/loss/{name}" for name in tasks]
+    module.log_dict(dict(zip(keys, values.where(seen, torch.nan), strict=True)), prog_bar=True, batch_size=1)
+    module.log("train/loss", values.sum(), batch_size=1)
