@@ -261,9 +261,11 @@ def test_methods_that_do_not_look_at_it_do_not_ask_for_it(name):
 def test_the_layer_is_said_once(caplog):
     net = a_net([0, 1, 2])
     module = Own([net.encoder, *net.heads.values()], list(net.heads), gradnorm(3))
-    with caplog.at_level(logging.INFO, "lightning_mtl"):
+    with caplog.at_level(logging.INFO):
         for _ in range(3):
             losses, z = net.losses()
             module.balance(losses, z).backward()
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["The gradients of the tasks are compared at 'parts.0.layers.0.weight', 'parts.0.layers.0.bias'."]
+    assert said == [
+        "GradNorm compares the gradients of the tasks at 'parts.0.layers.0.weight', 'parts.0.layers.0.bias'."
+    ]
