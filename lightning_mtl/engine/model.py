@@ -29,6 +29,11 @@ class Model:
     met: list[Tensor] = field(default_factory=list)
     last_layers: dict[object, list[Tensor]] = field(default_factory=dict)
 
+    def tables(self) -> frozenset[int]:
+        """The ``id`` of each parameter of which DDP expects sparse gradients, by its own rule."""
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        return frozenset(id(module.weight) for module in self.modules if isinstance(module, kinds) and module.sparse)
+
     def named(self, parameters: Iterable[Tensor]) -> str:
         """The first few of them, for a message."""
         known = {id(p): n for n, p in self.owner.named_parameters()} if isinstance(self.owner, nn.Module) else {}

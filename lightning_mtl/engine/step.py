@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer
 from lightning_mtl.checks import bad_argument
-from lightning_mtl.engine.collectives import union_over_ranks
+from lightning_mtl.engine.collectives import union_over_ranks, world_size
 from lightning_mtl.engine.compiled import is_compiled
 from lightning_mtl.engine.features import given_tensors
 from lightning_mtl.engine.graph import discover, reached, reached_beside, siblings, upstream
@@ -129,6 +129,7 @@ def make_step(
         roots = [owned.roots] * len(losses)
     beside = [*owned.shared_heads, *owned.between]
     step = Step(losses, owned.shared, beside, owned.private, roots, leaves, present)
+    step.tables = model.tables() if world_size() > 1 else step.tables
     at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and level == "parameters"
     if at_layer and owned.shared:
         step.last_layer = last_layer(step, [*owned.shared, *owned.between], model, layer)
