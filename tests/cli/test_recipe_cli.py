@@ -56,7 +56,7 @@ def test_subcommands(recipe, subcommand):
 @pytest.mark.parametrize(
     "arguments, kind, option",
     [
-        (["--model.balancer", "gradnorm"], GradNorm, {"alpha": 1.5}),
+        (["--model.balancer", "gradnorm"], GradNorm, {"alpha": 0.0}),
         (["--model.balancer=gradnorm", "--model.balancer.alpha=0.5"], GradNorm, {"alpha": 0.5}),
         (["--model.balancer=GradNorm", "--model.balancer.alpha=0.5"], GradNorm, {"alpha": 0.5}),
         (["--model.balancer.class_path=lightning_mtl.balancers.PCGrad"], PCGrad, {}),

@@ -107,6 +107,7 @@ class Shares(Sampler):
     def __init__(self, num: int, stops: tuple[int, int] | None = None) -> None:
         self.num, self.stops = num, stops or (num // BATCH, num // BATCH)
         self.halves = (0, 1) if world() == 1 else (rank(),)
+        self.sampler = self  # Lightning 2.5.0 looks for one inside a batch sampler
 
     def __len__(self) -> int:
         return max(self.stops[half] for half in self.halves)
