@@ -37,6 +37,13 @@ def reached(tensors: Sequence[Tensor], owner: object = "lightning_mtl") -> list[
     return list(_leaves(tensors, owner).values())
 
 
+def read_sparsely(tensors: Sequence[Tensor], owner: object = "lightning_mtl") -> frozenset[int]:
+    """The ``id`` of each leaf of which an embedding gives sparse gradients."""
+    nodes: list[Any] = [n for n in _walk(list(map(_edge, tensors)), owner) if type(n).__name__.startswith("Embedding")]
+    tables = [node.next_functions[0][0] for node in nodes if getattr(node, "_saved_sparse", False)]
+    return frozenset(id(table.variable) for table in tables if hasattr(table, "variable"))
+
+
 def reached_beside(
     losses: Sequence[Tensor], features: Sequence[Tensor], owner: object = "lightning_mtl"
 ) -> list[Tensor]:

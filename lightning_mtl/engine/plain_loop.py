@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancers.base import Balancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed, shape
 from lightning_mtl.engine.collectives import world_size
-from lightning_mtl.engine.graph import reached
+from lightning_mtl.engine.graph import reached, read_sparsely
 from lightning_mtl.engine.loss import balanced_loss
 from lightning_mtl.engine.model import Model
 from lightning_mtl.engine.node import free_graph
@@ -34,12 +34,6 @@ def _check_of_one_kind(owned: Owned) -> None:
             f"a tensor of shape {shape(others[0])} that requires grad beside parameters",
             "Pass those that are trained, such as shared=encoder.parameters(); the others get the plain gradient",
         )
-
-
-def _leaves(losses: Mapping[str, TaskLoss]) -> list[Tensor]:
-    """What DDP waits for: the leaves of all losses, also of those that are the mean of nothing."""
-    parts = [part for loss in losses.values() for part in (loss if isinstance(loss, tuple | list) else (loss,))]
-    return reached([part for part in parts if isinstance(part, Tensor)], _WHO)
 
 
 def backward(
@@ -108,12 +102,16 @@ def backward(
         balancer.bind(names)
     device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
     halves, absent = getattr(balancer, "halves", False), torch.zeros((), device=device)
-    waiting = _leaves(losses) if world_size() > 1 else []
-    if isinstance(balancer, LossBalancer) and waiting:
-        absent = zero_that_reaches(waiting, frozenset(), device)
-    values, present = collect(losses, names, labelled, absent, _WHO, balancer, halves=halves)
     done: list[Balance] = []
-    owned, model = Owned(), Model(_WHO)
+    owned, model, waiting = Owned(), Model(_WHO), []
+    if world_size() > 1:
+        # DDP waits for what a loss reaches, also if it is the mean of nothing.
+        parts = [part for loss in losses.values() for part in (loss if isinstance(loss, tuple | list) else (loss,))]
+        ends = [part for part in parts if isinstance(part, Tensor)]
+        waiting, model.found_tables = reached(ends, _WHO), read_sparsely(ends, _WHO)
+    if isinstance(balancer, LossBalancer) and waiting:
+        absent = zero_that_reaches(waiting, model.tables(), device)
+    values, present = collect(losses, names, labelled, absent, _WHO, balancer, halves=halves)
     if not isinstance(balancer, LossBalancer):
         owned = found(values, len(names), model, features, shared)
         if level == "parameters" and (shared is None or shared == "all"):

@@ -183,7 +183,8 @@ def _behind_features(
             f"losses that also reach {model.named(beside)} beside them",
             "Add the other tensors, as in features=(z, skip), or leave features out",
         )
-    shared = _among(own, behind)
+    # The same on every rank, whichever losses there are.
+    shared = behind if model.own is None else _among(own, behind)
     private = _without(own, shared)
     roots = upstream(features, owner) if features else []
     inside = reached(roots, owner)
