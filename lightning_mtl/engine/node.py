@@ -73,7 +73,7 @@ def free_graph(loss: Tensor) -> None:
 
     Without this the graph lives as long as somebody holds a loss or a feature, because a term that was added to the
     balanced loss may need it again. Nothing happens if there is such a term: if the loss depends on anything else than
-    balanced losses.
+    one balanced loss.
     """
     nodes: list[Any] = []
     stack: list[Any] = [loss.grad_fn]
@@ -86,8 +86,8 @@ def free_graph(loss: Tensor) -> None:
                 return
         else:
             stack += [child for child, _ in node.next_functions]
-    for node in nodes:
-        node.keep = False
+    if len(nodes) == 1:
+        nodes[0].keep = False
 
 
 def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve, tables: frozenset[int] = frozenset()) -> Tensor:

@@ -68,7 +68,8 @@ def backward(
         last_layer: parameters of the last shared layer, for a balancer that takes its gram there.
         plain: a term beside the tasks, such as a regulariser; its gradient is added as it is.
         backward_fn: called with the balanced loss in place of ``loss.backward()``: ``fabric.backward``, or
-            ``lambda loss: scaler.scale(loss).backward()``.
+            ``lambda loss: scaler.scale(loss).backward()``. The graph is freed on the way: what else shall go backward
+            through it is a ``plain`` term.
 
     Returns: what the balancer did.
     Raises: ``ValueError`` if a loss is not a scalar with a gradient, the balancer is for another number of tasks,

@@ -280,21 +280,24 @@ class Own(Balanced, L.LightningModule):
         self.parts = parts if isinstance(parts, nn.Module) else nn.ModuleList(parts)
 
 
-def train(way: str, net: Net, balancer: Any, level: str = "parameters", **options: Any) -> Balance:
-    """One backward of the engine, by one of ``WAYS``."""
+def train(
+    way: str, net: Net, balancer: Any, level: str = "parameters", *, scale: float = 1.0, **options: Any
+) -> Balance:
+    """One backward of the engine, by one of ``WAYS``; ``scale`` multiplies the loss."""
     names = list(net.heads)
     if way == "declared":
         tasks = {name: net.task(name) for name in names}
         module: Any = MultiTaskModule(net.encoder, tasks, balancer, level, **options)
-        module.training_step(net.batch(), 0).backward()
+        (module.training_step(net.batch(), 0) * scale).backward()
         return module.last_balance
     losses, z = net.losses()
     features = z if way.endswith("told") else None
     if way.startswith("loop"):
+        options["backward_fn"] = lambda loss: (loss * scale).backward()
         return lightning_mtl.backward(losses, balancer, features, level=level, **options)
     step = {key: options.pop(key) for key in ("shared", "plain", "labelled") if key in options}
     module = Own([net.encoder, *net.heads.values()], names, balancer, level=level, **options)
-    module.balance(losses, features, **step).backward()
+    (module.balance(losses, features, **step) * scale).backward()
     return module.last_balance
 
 
