@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_mtl
 from lightning_mtl.engine import free_graph
-from tests.engine.by_hand import GRAM, METHODS, Net, Own, assert_right, by_hand, make
+from tests.engine.by_hand import ROWS, Net, Own, assert_right, by_hand, make
 from tests.nets import trainer
 
 LEVELS = ("parameters", "features")
@@ -55,7 +55,7 @@ def expected(net: Net, method: str, level: str, losses: dict[str, Tensor], z: Te
     return [a if b is None else b if a is None else a + b for a, b in pairs]
 
 
-PLACES = [(m, level) for m in METHODS for level in LEVELS if level == "parameters" or m in (*GRAM, "fixed")]
+PLACES = [("fixed", "parameters"), ("mgda", "parameters"), ("mgda", "features"), *((m, "parameters") for m in ROWS)]
 
 
 @pytest.mark.parametrize("how", ["plus", "plain", "loop"])
