@@ -27,6 +27,7 @@ class Step:
         leaves: per task, what its head read in place of ``roots``; ``None`` if heads read ``roots`` themselves.
         present: bool ``[T]``, which tasks have a label somewhere in the global batch; ``None`` means all.
         last_layer: the subset of ``shared`` at which a balancer with ``gram_at="last_layer"`` takes its gram.
+        tables: the ``id`` of each parameter that waits for a sparse gradient, under several processes.
         layers: per tensor of ``shared`` and ``shared_heads`` the number of its layer, for balancers that work per
             layer.
 
@@ -43,6 +44,7 @@ class Step:
     present: Tensor | None = None
     last_layer: list[Tensor] | None = None
     layers: list[int] | None = None
+    tables: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

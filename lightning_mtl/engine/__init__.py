@@ -26,6 +26,7 @@ from lightning_mtl.engine.present import TaskLoss as TaskLoss
 from lightning_mtl.engine.present import collect as collect
 from lightning_mtl.engine.present import halves_to_global as halves_to_global
 from lightning_mtl.engine.present import to_global as to_global
+from lightning_mtl.engine.present import zero_that_reaches as zero_that_reaches
 from lightning_mtl.engine.step import Owned as Owned
 from lightning_mtl.engine.step import declared as declared
 from lightning_mtl.engine.step import found as found

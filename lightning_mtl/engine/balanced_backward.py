@@ -63,7 +63,7 @@ class BalancedBackward:
 
     def loss(self) -> Tensor:
         """The scalar whose backward this is; its value is the plain sum of the losses."""
-        return deposit(self.losses.sum(), [*self.gradients.inputs, *self.step.private], self._solve)
+        return deposit(self.losses.sum(), [*self.gradients.inputs, *self.step.private], self._solve, self.step.tables)
 
     def _solve(self, scale: Tensor, keep: bool) -> Grads:
         apart = self.weight_heads or self.own_weights is not None

@@ -20,7 +20,7 @@ def world_size() -> int:
 
 def label_counts(counts: Sequence[Tensor | float], device: torch.device) -> tuple[Tensor, Tensor]:
     """This rank's label counts, and their sums over the ranks: float64 ``[T]`` each."""
-    mine = torch.stack([torch.as_tensor(count, device=device).double() for count in counts])
+    mine = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=device) for count in counts])
     total = mine.clone()
     if world_size() > 1:
         dist.all_reduce(total)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_mtl.checks import bad_argument
+from lightning_mtl.types import Root
 
 Edge = tuple[Node | None, int]
 
@@ -34,6 +35,13 @@ class Reach:
 def reached(tensors: Sequence[Tensor], owner: object = "lightning_mtl") -> list[Tensor]:
     """The leaves (parameters) that the tensors' graphs end in, in order of discovery."""
     return list(_leaves(tensors, owner).values())
+
+
+def read_sparsely(tensors: Sequence[Tensor], owner: object = "lightning_mtl") -> frozenset[int]:
+    """The ``id`` of each leaf of which an embedding gives sparse gradients."""
+    nodes: list[Any] = [n for n in _walk(list(map(_edge, tensors)), owner) if type(n).__name__.startswith("Embedding")]
+    tables = [node.next_functions[0][0] for node in nodes if getattr(node, "_saved_sparse", False)]
+    return frozenset(id(table.variable) for table in tables if hasattr(table, "variable"))
 
 
 def reached_beside(
@@ -127,9 +135,22 @@ def _separates(edges: dict[tuple[Node, int], GradientEdge], count: Counter[Node]
     if not edges:
         return False
     starts = {node for node, _ in edges}
-    below = _walk([edge for node in starts for edge in node.next_functions], owner)
+    below = _below(starts, owner)
     behind = starts | below.keys()
     return not starts & below.keys() and all(times == 1 or node in behind for node, times in count.items())
+
+
+def entangled(roots: Sequence[Root]) -> bool:
+    """Whether the node of one root lies behind that of another, as its other output may.
+
+    Differentiating with respect to both then runs through what lies between.
+    """
+    nodes = {_edge(root)[0] if isinstance(root, Tensor) else root.node for root in roots} - {None}
+    return len(nodes) > 1 and bool(nodes & _below(nodes, "lightning_mtl").keys())
+
+
+def _below(nodes: Set[Node | None], owner: object) -> dict[Node, None]:
+    return _walk([edge for node in nodes if node is not None for edge in node.next_functions], owner)
 
 
 def _edge(tensor: Tensor) -> Edge:

@@ -13,7 +13,9 @@ from lightning_mtl.engine.model import Model
 from lightning_mtl.types import Step
 
 
-def last_layer(step: Step, model: Model, told: nn.Module | Sequence[Tensor] | None) -> list[Tensor]:
+def last_layer(
+    step: Step, shared: Sequence[Tensor], model: Model, told: nn.Module | Sequence[Tensor] | None
+) -> list[Tensor]:
     """Its parameters: of the layer that was told, or of the last module, in order of registration, that all reach.
 
     Normalisation is passed over where there is another layer: the scales of a few channels say little of a task. Which
@@ -22,10 +24,10 @@ def last_layer(step: Step, model: Model, told: nn.Module | Sequence[Tensor] | No
     Raises: ``ValueError`` if the layer that was told is not shared, or no layer is reached by all present tasks.
     """
     there = None if step.present is None else tuple(step.present.tolist())
-    key = (there, told is None, *(id(parameter) for parameter in step.shared))
+    key = (there, told is None, *(id(parameter) for parameter in shared))
     if key not in model.last_layers:
-        layers = _told(step, model, told) if told is not None else _candidates(step, model)
-        common = _common(step)
+        layers = _told(shared, model, told) if told is not None else _candidates(shared, model)
+        common = _common(step, shared)
         fits = [any(id(p) in common for p in layer) for layer in layers]
         # A layer must do on every rank; where a task has no labels here, another rank knows what it reaches.
         fails = union_over_ranks([not fit for fit in fits], step.losses[0].device)
@@ -36,10 +38,10 @@ def last_layer(step: Step, model: Model, told: nn.Module | Sequence[Tensor] | No
     return model.last_layers[key]
 
 
-def _told(step: Step, model: Model, told: nn.Module | Sequence[Tensor]) -> list[list[Tensor]]:
+def _told(shared: Sequence[Tensor], model: Model, told: nn.Module | Sequence[Tensor]) -> list[list[Tensor]]:
     parameters = told.parameters() if isinstance(told, nn.Module) else told
     layer = [parameter for parameter in parameters if parameter.requires_grad]
-    if not {id(p) for p in layer} <= {id(p) for p in step.shared}:
+    if not {id(p) for p in layer} <= {id(p) for p in shared}:
         raise bad_argument(
             model.owner,
             "last_layer",
@@ -50,23 +52,24 @@ def _told(step: Step, model: Model, told: nn.Module | Sequence[Tensor]) -> list[
     return [layer]
 
 
-def _candidates(step: Step, model: Model) -> list[list[Tensor]]:
+def _candidates(shared: Sequence[Tensor], model: Model) -> list[list[Tensor]]:
     """The shared parameters of each module, in order, normalisation before all others."""
-    shared = {id(parameter) for parameter in step.shared}
+    ids = {id(parameter) for parameter in shared}
     norms: list[list[Tensor]] = []
     layers: list[list[Tensor]] = []
     for module in model.modules:
-        own: list[Tensor] = [p for p in module.parameters(recurse=False) if id(p) in shared]
+        own: list[Tensor] = [p for p in module.parameters(recurse=False) if id(p) in ids]
         if own:
             (norms if "norm" in type(module).__name__.lower() else layers).append(own)
     return [*norms, *layers]
 
 
-def _common(step: Step) -> set[int]:
-    """The leaves that every loss with a graph reaches, through the features where its head read leaves of them."""
+def _common(step: Step, shared: Sequence[Tensor]) -> set[int]:
+    """The leaves that every loss of a present task reaches, through the features where its head read leaves of them."""
     common: set[int] | None = None
+    present = [True] if step.present is None else step.present.tolist()
     for task, loss in enumerate(step.losses):
-        if not loss.requires_grad:
+        if not loss.requires_grad or not present[task % len(present)]:
             continue
         leaves = {id(leaf) for leaf in reached([loss])}
         if step.leaves is not None and step.roots is not None:
@@ -75,7 +78,7 @@ def _common(step: Step) -> set[int]:
             leaves |= {id(leaf) for leaf in reached(through)}
         common = leaves if common is None else common & leaves
     # Nobody here says nothing; the other ranks do.
-    return common if common is not None else {id(parameter) for parameter in step.shared}
+    return common if common is not None else {id(parameter) for parameter in shared}
 
 
 def _none(model: Model, told: object) -> Exception:

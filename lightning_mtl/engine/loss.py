@@ -104,7 +104,7 @@ def _plain_sum(step: Step, balancer: GramBalancer | RowBalancer, num_tasks: int)
         seeds = [(scale * one).to(loss) for loss, one in zip(step.losses, ones, strict=True)]
         return grad_of(step.losses, step.private, seeds, keep=keep)
 
-    return deposit(total.detach(), step.private, solve)
+    return deposit(total.detach(), step.private, solve, step.tables)
 
 
 def _objective(step: Step, balancer: LossBalancer, names: tuple[str, ...], report: Report | None) -> Tensor:

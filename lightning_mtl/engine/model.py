@@ -21,6 +21,7 @@ class Model:
         modules: its modules in order of registration.
         met: parameters found shared before; they stay so in a batch in which only one of their tasks has labels.
         last_layers: the last shared layers found before, by who was there.
+        found_tables: the ``id`` of each parameter that the losses read sparsely, where modules are not known.
     """
 
     owner: object
@@ -28,6 +29,13 @@ class Model:
     modules: Sequence[nn.Module] = ()
     met: list[Tensor] = field(default_factory=list)
     last_layers: dict[object, list[Tensor]] = field(default_factory=dict)
+    found_tables: frozenset[int] = frozenset()
+
+    def tables(self) -> frozenset[int]:
+        """The ``id`` of each parameter of which DDP expects sparse gradients, by its own rule."""
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        known = frozenset(id(module.weight) for module in self.modules if isinstance(module, kinds) and module.sparse)
+        return known | self.found_tables
 
     def named(self, parameters: Iterable[Tensor]) -> str:
         """The first few of them, for a message."""

@@ -18,8 +18,9 @@ Solve = Callable[[Tensor, bool], Sequence[Tensor | None]]
 
 class _Deposit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, solve: Solve, value: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, solve: Solve, value: Tensor, tables: frozenset[int], *inputs: Tensor) -> Tensor:
         ctx.solve, ctx.inputs, ctx.device_type, ctx.keep = solve, inputs, value.device.type, True
+        ctx.tables = tables
         return value.clone()
 
     @staticmethod
@@ -41,14 +42,25 @@ class _Deposit(torch.autograd.Function):
                 grads = list(solve(scale, ctx.keep))
         else:  # as nearly always; entering a context takes its time
             grads = list(solve(scale, ctx.keep))
-        return (None, None, *map(_like, grads, inputs))
+        if world_size() > 1:
+            # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
+            grads = [_zeros(tensor, ctx.tables) if g is None else g for g, tensor in zip(grads, inputs, strict=True)]
+        return (None, None, None, *map(_like, grads, inputs))
+
+
+def _zeros(tensor: Tensor, tables: frozenset[int]) -> Tensor:
+    if id(tensor) not in tables:
+        return torch.zeros_like(tensor)
+    nothing = torch.zeros(1, 0, dtype=torch.long, device=tensor.device)
+    return torch.sparse_coo_tensor(
+        nothing, tensor.new_zeros((0, *tensor.shape[1:])), tensor.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
     """A gradient as it is handed to autograd."""
     if grad is None:
-        # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
-        return torch.zeros_like(tensor) if world_size() > 1 else None
+        return None
     if grad.is_sparse or grad.stride() == tensor.stride():
         return grad
     # What autograd takes for equal strides, DDP compares: those of dimensions of size 1 too.
@@ -61,7 +73,7 @@ def free_graph(loss: Tensor) -> None:
 
     Without this the graph lives as long as somebody holds a loss or a feature, because a term that was added to the
     balanced loss may need it again. Nothing happens if there is such a term: if the loss depends on anything else than
-    balanced losses.
+    one balanced loss.
     """
     nodes: list[Any] = []
     stack: list[Any] = [loss.grad_fn]
@@ -74,11 +86,11 @@ def free_graph(loss: Tensor) -> None:
                 return
         else:
             stack += [child for child, _ in node.next_functions]
-    for node in nodes:
-        node.keep = False
+    if len(nodes) == 1:
+        nodes[0].keep = False
 
 
-def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve) -> Tensor:
+def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve, tables: frozenset[int] = frozenset()) -> Tensor:
     """A scalar equal to ``value`` whose gradients with respect to ``inputs`` are ``solve(scale)``.
 
     ``scale`` is the gradient that arrives at the scalar: a loss scale, divided by the number of accumulated batches,
@@ -89,8 +101,9 @@ def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve) -> Tensor:
         value: what the scalar shows, detached.
         inputs: leaves or inner tensors; through inner tensors autograd goes on by itself.
         solve: called once, in the backward; ``None`` for an input without a gradient.
+        tables: the ``id`` of each input for which nothing is a sparse gradient.
 
     Raises: ``RuntimeError`` on a second backward.
     """
-    result: Tensor = _Deposit.apply(solve, value, *inputs)
+    result: Tensor = _Deposit.apply(solve, value, tables, *inputs)
     return result

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed, shape
+from lightning_mtl.engine.collectives import world_size
+from lightning_mtl.engine.graph import reached, read_sparsely
 from lightning_mtl.engine.loss import balanced_loss
 from lightning_mtl.engine.model import Model
 from lightning_mtl.engine.node import free_graph
-from lightning_mtl.engine.present import Labelled, TaskLoss, collect
+from lightning_mtl.engine.present import Labelled, TaskLoss, collect, zero_that_reaches
 from lightning_mtl.engine.step import Owned, found, make_step
 from lightning_mtl.types import Balance
 
@@ -51,7 +53,8 @@ def backward(
 
     Args:
         losses: task name -> scalar, always in the same order; ``T`` entries. ``None`` for a task without any label in
-            this batch; with several processes then pass ``labelled`` on all of them, and ``features`` or ``shared``.
+            this batch; with several processes then pass ``labelled`` on all of them, and ``features`` or ``shared``,
+            and a loss in place of ``None``, if only the mean of nothing: DDP waits for what it reaches.
             For a balancer that compares two independent samples a pair of scalars, one of each.
         balancer: built once, before the loop; its parameters, if any, belong into the optimizer.
         features: the tensors that all heads read, in any nested structure; what lies behind them is shared.
@@ -65,7 +68,8 @@ def backward(
         last_layer: parameters of the last shared layer, for a balancer that takes its gram there.
         plain: a term beside the tasks, such as a regulariser; its gradient is added as it is.
         backward_fn: called with the balanced loss in place of ``loss.backward()``: ``fabric.backward``, or
-            ``lambda loss: scaler.scale(loss).backward()``.
+            ``lambda loss: scaler.scale(loss).backward()``. The graph is freed on the way: what else shall go backward
+            through it is a ``plain`` term.
 
     Returns: what the balancer did.
     Raises: ``ValueError`` if a loss is not a scalar with a gradient, the balancer is for another number of tasks,
@@ -99,13 +103,22 @@ def backward(
         balancer.bind(names)
     device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), torch.device("cpu"))
     halves, absent = getattr(balancer, "halves", False), torch.zeros((), device=device)
-    values, present = collect(losses, names, labelled, absent, _WHO, balancer, halves=halves)
     done: list[Balance] = []
-    owned, model = Owned(), Model(_WHO)
+    owned, model, waiting = Owned(), Model(_WHO), []
+    if world_size() > 1:
+        # DDP waits for what a loss reaches, also if it is the mean of nothing.
+        parts = [part for loss in losses.values() for part in (loss if isinstance(loss, tuple | list) else (loss,))]
+        ends = [part for part in parts if isinstance(part, Tensor)]
+        waiting, model.found_tables = reached(ends, _WHO), read_sparsely(ends, _WHO)
+    if isinstance(balancer, LossBalancer) and waiting:
+        absent = zero_that_reaches(waiting, model.tables(), device)
+    values, present = collect(losses, names, labelled, absent, _WHO, balancer, halves=halves)
     if not isinstance(balancer, LossBalancer):
         owned = found(values, len(names), model, features, shared)
         if level == "parameters" and (shared is None or shared == "all"):
             _check_of_one_kind(owned)
+        known = {id(leaf) for leaf in (*owned.shared, *owned.shared_heads, *owned.between, *owned.private)}
+        owned.private = [*owned.private, *(leaf for leaf in waiting if id(leaf) not in known)]
     layer = None if last_layer is None else list(last_layer)
     step = make_step(values, present, owned, balancer, model, level=level, layer=layer)
     loss = balanced_loss(step, balancer, names, level=level, weight_heads=weight_heads, report=done.append)

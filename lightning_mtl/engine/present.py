@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 import torch
@@ -117,6 +117,18 @@ def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | float]) 
     shares = [mean * factor.to(mean.dtype) for mean, factor in zip(means, factors, strict=True)]
     sure = world_size() == 1 and all(isinstance(count, int | float) and count > 0 for count in counts)
     return shares, None if sure else there.any(0)
+
+
+def zero_that_reaches(parameters: Iterable[Tensor], tables: frozenset[int], device: torch.device) -> Tensor:
+    """A loss of 0 that gives each parameter a gradient of 0, for which DDP waits; a sparse one if it is a table."""
+
+    def number(parameter: Tensor) -> Tensor:
+        if id(parameter) in tables:
+            return torch.embedding(parameter, torch.zeros(1, dtype=torch.long, device=device), sparse=True).sum()
+        real = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+        return real.flatten()[:1].sum()
+
+    return sum((number(parameter).float() * 0 for parameter in parameters), start=torch.zeros((), device=device))
 
 
 def _shares(loss: TaskLoss, name: str, owner: object) -> Sequence[Tensor]:

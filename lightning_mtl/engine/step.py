@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer
 from lightning_mtl.checks import bad_argument
-from lightning_mtl.engine.collectives import union_over_ranks
+from lightning_mtl.engine.collectives import union_over_ranks, world_size
 from lightning_mtl.engine.compiled import is_compiled
 from lightning_mtl.engine.features import given_tensors
 from lightning_mtl.engine.graph import discover, reached, reached_beside, siblings, upstream
@@ -32,6 +31,7 @@ class Owned:
         private: all others.
         tied: both in the encoder and in a head.
         roots: where the heads begin, common to all tasks; ``None`` if not known.
+        between: behind a feature that is computed from other features, but not behind those.
     """
 
     shared: list[Tensor] = field(default_factory=list)
@@ -39,6 +39,7 @@ class Owned:
     private: list[Tensor] = field(default_factory=list)
     tied: list[Tensor] = field(default_factory=list)
     roots: list[Root] | None = None
+    between: list[Tensor] = field(default_factory=list)
 
 
 def found(
@@ -126,16 +127,16 @@ def make_step(
     """
     if roots is None and owned.roots is not None:
         roots = [owned.roots] * len(losses)
-    step = Step(losses, owned.shared, owned.shared_heads, owned.private, roots, leaves, present)
-    at_layer = level == "parameters" and isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer"
+    beside = [*owned.shared_heads, *owned.between]
+    step = Step(losses, owned.shared, beside, owned.private, roots, leaves, present)
+    step.tables = model.tables() if world_size() > 1 else step.tables
+    at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and level == "parameters"
     if at_layer and owned.shared:
-        step.last_layer = last_layer(step, model, layer)
+        step.last_layer = last_layer(step, [*owned.shared, *owned.between], model, layer)
     if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
         numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
-        # What no module has (it comes from an optimizer) is a layer by itself.
-        apart = count(len(model.modules))
-        every = [*owned.shared, *owned.shared_heads]
-        step.layers = [numbers[id(p)] if id(p) in numbers else next(apart) for p in every]
+        # What no module owns is a layer of its own.
+        step.layers = [numbers.get(id(p), -place) for place, p in enumerate((*owned.shared, *beside), start=1)]
     return step
 
 
@@ -182,7 +183,8 @@ def _behind_features(
             f"losses that also reach {model.named(beside)} beside them",
             "Add the other tensors, as in features=(z, skip), or leave features out",
         )
-    shared = _among(own, behind)
+    # The same on every rank, whichever losses there are.
+    shared = behind if model.own is None else _among(own, behind)
     private = _without(own, shared)
     roots = upstream(features, owner) if features else []
     inside = reached(roots, owner)
@@ -191,7 +193,7 @@ def _behind_features(
     around = _among(reached_beside(features, roots, owner), inside)
     if around or (len(roots) < len(features) and any(root.is_leaf for root in roots)):
         return Owned(shared, private=private)
-    return Owned(_among(shared, inside), _without(shared, inside), private, roots=list(roots))
+    return Owned(_among(shared, inside), private=private, roots=list(roots), between=_without(shared, inside))
 
 
 def _check_nothing_to_share(

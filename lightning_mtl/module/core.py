@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed
-from lightning_mtl.engine import Model, Owned, balanced_loss, make_step, reached, world_size
+from lightning_mtl.engine import Model, Owned, balanced_loss, make_step, reached, world_size, zero_that_reaches
 from lightning_mtl.types import Balance, Root, Step
 
 #: The one private attribute of a balanced module.
@@ -124,12 +124,16 @@ class Core:
         """A loss of 0. Where DDP waits for every parameter of an ordinary objective, it reaches them all."""
         if world_size() > 1 and isinstance(self.balancer, LossBalancer):
             own = [parameter for parameter in self.remembered("registered", self.registered) if parameter.requires_grad]
-            return torch.stack([parameter.flatten()[0].float() * 0 for parameter in own]).sum()
+            return zero_that_reaches(own, self._model().tables(), device)
         return torch.zeros((), device=device)
+
+    def _model(self) -> Model:
+        self.model.modules = self.remembered("modules", lambda: list(self.owner.modules()))
+        return self.model
 
     def step(self, losses: Sequence[Tensor], present: Tensor | None, owned: Owned, **cut: Any) -> Step:
         """The step of these losses; ``cut``: see ``make_step``."""
-        self.model.modules = self.remembered("modules", lambda: list(self.owner.modules()))
+        self._model()
         known = bool(self.model.last_layers)
         step = make_step(
             losses, present, owned, self.balancer, self.model, level=self.level, layer=self.last_layer, **cut
@@ -160,9 +164,8 @@ class Core:
         behind = {id(leaf) for leaf in reached([root for root in roots if isinstance(root, Tensor)], self.owner)}
         found = [p for p in strangers if p.requires_grad and id(p) in behind]
         ids = {id(p) for p in found}
-        return Owned(
-            [*owned.shared, *found], owned.shared_heads, [p for p in owned.private if id(p) not in ids], owned.tied
-        )
+        private = [p for p in owned.private if id(p) not in ids]
+        return replace(owned, shared=[*owned.shared, *found], private=private)
 
     def check_tasks(self) -> None:
         """The balancer is one, and of these tasks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -62,10 +62,21 @@ def in_place_at_features(owner: object) -> Exception:
     )
 
 
-def check_only_features(results: Iterable[TaskResult], owned: Owned, model: nn.Module) -> None:
+def check_only_features(results: Mapping[str, TaskResult], owned: Owned, model: nn.Module) -> None:
     """The graph is cut at the features, so a loss that reaches the encoder by another way would lose gradient."""
     encoder = {id(p) for p in owned.shared} - {id(p) for p in owned.tied}
-    beside = [leaf for leaf in reached([result.loss for result in results], model) if id(leaf) in encoder]
+    reads = {name: reached([result.loss], model) for name, result in results.items()}
+    for name, result in results.items():
+        others = [other.leaves or [] for other in results.values() if other.leaves is not result.leaves]
+        if {id(leaf) for leaves in others for leaf in leaves} & {id(leaf) for leaf in reads[name]}:
+            raise bad_argument(
+                model,
+                "tasks",
+                "have heads that read nothing but the features and what they own",
+                f"that of {name!r}, which reads what another head has computed",
+                "Let it compute that itself, or use Balanced without features=",
+            )
+    beside = [leaf for leaves in reads.values() for leaf in leaves if id(leaf) in encoder]
     if beside:
         raise bad_argument(
             model,

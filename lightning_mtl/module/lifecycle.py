@@ -64,7 +64,9 @@ class Lifecycle(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The whole loss is known now, and with it whether the graph may be freed on the way."""
-        free_graph(loss)
+        # By hand, other backwards over the same graph may follow.
+        if pl_module.automatic_optimization:
+            free_graph(loss)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

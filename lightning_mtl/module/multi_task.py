@@ -225,7 +225,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         if cut:
             # Here by name; another step may take another way, so every backward looks again.
             owned = self.__owned(results)
-            core_of(self).remembered("only features", lambda: check_only_features(results.values(), owned, self))
+            core_of(self).remembered("only features", lambda: check_only_features(results, owned, self))
         for result in results.values():
             result.whole = apart and not cut
         return results

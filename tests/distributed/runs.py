@@ -33,7 +33,7 @@ from lightning_mtl import Balanced, MultiTaskModule
 from lightning_mtl.balancers import resolve
 from lightning_mtl.sharing import Encoders, OwnFeatures, ProximalStep
 from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, Task
-from tests.distributed import uneven
+from tests.distributed import steps, uneven
 from tests.nets import WIDTH, HandWritten, Samples, mlp, module, network, samples, sgd, three_tasks, trainer
 from tests.versions import TENSORS_ONLY
 
@@ -554,6 +554,12 @@ def loop(run: Run) -> dict[str, Any]:
     return {"network": network(net), "balancer": state_of(balancer)}
 
 
+def one_step(run: Run) -> dict[str, Any]:
+    at_last = run.balancer == "gradnorm_at_last"
+    options = {"norms_at": "last_layer"} if at_last else {}
+    return steps.step(run.model, "gradnorm" if at_last else run.balancer, run.labels, run.level, **options)
+
+
 DO: dict[str, Callable[[Run], Any]] = {
     "fit": fit,
     "recipe": recipe,
@@ -563,4 +569,5 @@ DO: dict[str, Callable[[Run], Any]] = {
     "buffers": buffers,
     "refused": refused,
     "loop": loop,
+    "step": one_step,
 }

@@ -115,6 +115,26 @@ def shaped(row: Tensor, like: Tensor) -> Tensor:
     return row.view([like.shape[dim] for dim in dims]).permute([dims.index(dim) for dim in range(like.ndim)])
 
 
+def solved(
+    method: str, rows: Sequence[Tensor], tasks: Sequence[int], balancer: Balancer
+) -> tuple[list[float | None], Tensor | None]:
+    """A weight per row, ``None`` for a task without any gradient, which counts as absent; or the update."""
+    there = [n for n, row in enumerate(rows) if method == "fixed" or any(rows[m].any() for m in of_one(n, tasks))]
+    weights: list[float | None] = [None] * len(rows)
+    if not there:
+        return weights, None if method not in ROWS else torch.zeros_like(rows[0])
+    names = list(dict.fromkeys(tasks[n] for n in there))
+    found, update = update_of(method, [rows[n] for n in there], names, balancer)
+    for n, weight in zip(there, found * (len(there) // len(names)), strict=False):
+        weights[n] = weight
+    return weights, update
+
+
+def of_one(n: int, tasks: Sequence[int]) -> list[int]:
+    """The places of all rows of a task."""
+    return [m for m, task in enumerate(tasks) if task == tasks[n]]
+
+
 def by_hand(
     method: str,
     balancer: Balancer,
@@ -125,6 +145,7 @@ def by_hand(
     at: Sequence[Tensor] | None = None,
     groups: Sequence[Sequence[Tensor]] | None = None,
     weight_heads: bool = False,
+    before_each: Callable[[], None] = lambda: None,
 ) -> list[Maybe]:
     """What each parameter's gradient must be, in float64; ``None`` where no loss reaches it.
 
@@ -133,12 +154,16 @@ def by_hand(
         shared: the parameters that the weights apply to.
         at: where the rows are taken; by default at ``shared``.
         groups: on which a method works apart; by default on all of ``shared`` together.
+        before_each: called before each differentiation.
     """
-    there = [(task % balancer.num_tasks, loss) for task, loss in enumerate(losses) if loss is not None]
+    every_loss = enumerate(losses)
+    there = [(n % balancer.num_tasks, loss) for n, loss in every_loss if loss is not None and loss.requires_grad]
     ends = [*parameters, *(at or ())]
-    every = [torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True) for _, loss in there]
+    every = []
+    for _, loss in there:
+        before_each()
+        every.append(torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True))
     of = [{id(end): grad for end, grad in zip(ends, grads, strict=True)} for grads in every]
-    tasks = list(dict.fromkeys(task for task, _ in there))
     plain = [FIXED[task] if method == "fixed" else 1.0 for task, _ in there]
     found: dict[int, Tensor] = {}
     for group in groups or [shared]:
@@ -146,12 +171,12 @@ def by_hand(
         if not seen or not of:
             continue
         rows = [torch.cat([numbers(grads[id(p)], p) for p in seen]) for grads in of]
-        weights, update = update_of(method, rows, tasks, balancer)
-        weights = weights * (len(of) // len(tasks))
-        plain = weights if weight_heads else plain
+        weights, update = solved(method, rows, [task for task, _ in there], balancer)
+        plain = [1.0 if weight is None else weight for weight in weights] if weight_heads else plain
         for p in group:
             if update is None:
-                found[id(p)] = oracles.weighted_sum(weights, [numbers(grads[id(p)], p) for grads in of])
+                parts = [numbers(grads[id(p)], p) for grads in of]
+                found[id(p)] = oracles.weighted_sum([weight or 0.0 for weight in weights], parts)
             else:
                 found[id(p)], update = update.split([len(numbers(None, p)), len(update) - len(numbers(None, p))])
     result: list[Maybe] = []
@@ -255,21 +280,24 @@ class Own(Balanced, L.LightningModule):
         self.parts = parts if isinstance(parts, nn.Module) else nn.ModuleList(parts)
 
 
-def train(way: str, net: Net, balancer: Any, level: str = "parameters", **options: Any) -> Balance:
-    """One backward of the engine, by one of ``WAYS``."""
+def train(
+    way: str, net: Net, balancer: Any, level: str = "parameters", *, scale: float = 1.0, **options: Any
+) -> Balance:
+    """One backward of the engine, by one of ``WAYS``; ``scale`` multiplies the loss."""
     names = list(net.heads)
     if way == "declared":
         tasks = {name: net.task(name) for name in names}
         module: Any = MultiTaskModule(net.encoder, tasks, balancer, level, **options)
-        module.training_step(net.batch(), 0).backward()
+        (module.training_step(net.batch(), 0) * scale).backward()
         return module.last_balance
     losses, z = net.losses()
     features = z if way.endswith("told") else None
     if way.startswith("loop"):
+        options["backward_fn"] = lambda loss: (loss * scale).backward()
         return lightning_mtl.backward(losses, balancer, features, level=level, **options)
     step = {key: options.pop(key) for key in ("shared", "plain", "labelled") if key in options}
     module = Own([net.encoder, *net.heads.values()], names, balancer, level=level, **options)
-    module.balance(losses, features, **step).backward()
+    (module.balance(losses, features, **step) * scale).backward()
     return module.last_balance
 
 

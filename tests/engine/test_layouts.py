@@ -8,7 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.by_hand import METHODS, TOLD, WAYS, Net, check, make, train
+from tests.engine.by_hand import (
+    METHODS,
+    TOLD,
+    WAYS,
+    Net,
+    assert_right,
+    by_hand,
+    check,
+    fills_memory,
+    make,
+    numbers,
+    shaped,
+    train,
+)
 
 
 class Labels(Tensor):
@@ -248,3 +261,59 @@ def test_a_private_table_read_sparsely_by_one_task_and_whole_by_another(way, wei
     net.heads["b"] = Whole(a)
     check(net, "mgda", way, weight_heads=weight_heads)
     assert b.grad is None
+
+
+# Several steps.
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NETS)
+def test_two_scaled_backwards_add_up(name, way):
+    net, rtol = net_of(name)
+    balancer, total = make("mgda", 3), [None] * len(net.parameters())
+    for _ in range(2):
+        losses, _ = net.losses()
+        once = by_hand("mgda", balancer, list(losses.values()), net.parameters(), net.shared())
+        total = [b if a is None else a if b is None else a + b for a, b in zip(total, once, strict=True)]
+        train(way, net, balancer, scale=512.0)
+        with torch.no_grad():
+            for module in (net.encoder, *net.heads.values()):
+                for parameter in module.parameters():
+                    if fills_memory(parameter):
+                        parameter.mul_(0.9)
+    assert_right(net.parameters(), [None if grad is None else 512 * grad for grad in total], rtol, strides=False)
+
+
+@pytest.mark.parametrize("way, level", [*((way, "parameters") for way in WAYS), *((way, "features") for way in TOLD)])
+@pytest.mark.parametrize("name", NETS)
+def test_a_step_without_a_solve(name, way, level):
+    net, rtol = net_of(name)
+    balancer = make("mgda", 3, every_n_steps=2)
+    train(way, net, balancer, level)
+    weights = balancer.last_weights.tolist()
+    for parameter in net.parameters():
+        parameter.grad = None
+    losses, _ = net.losses()
+    shared, expected = {id(p) for p in net.shared()}, []
+    grads = [torch.autograd.grad(t, net.parameters(), retain_graph=True, allow_unused=True) for t in losses.values()]
+    for p, column in zip(net.parameters(), zip(*grads, strict=True), strict=True):
+        factors = weights if id(p) in shared else [1.0, 1.0, 1.0]
+        terms = [factor * numbers(grad, p) for factor, grad in zip(factors, column, strict=True) if grad is not None]
+        expected.append(shaped(sum(terms), p) if terms else None)
+    train(way, net, balancer, level)
+    assert_right(net.parameters(), expected, rtol)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "whole"])
+@pytest.mark.parametrize("way", ["declared", "told", "found"])
+@pytest.mark.parametrize("name", NETS)
+def test_balancers_that_work_on_groups(name, way, granularity):
+    net, rtol = net_of(name)
+    losses, _ = net.losses()
+    shared = [p for p in net.shared() if p.numel()]
+    groups = [[p] for p in shared] if granularity == "tensor" else [shared]
+    balancer = make("metabalance", 3, granularity=granularity)
+    every = list(losses.values())
+    expected = by_hand("metabalance", balancer, every, net.parameters(), shared, groups=groups)
+    train(way, net, balancer)
+    assert_right(net.parameters(), expected, rtol)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_mtl
-from tests.engine.by_hand import GRAM, METHODS, Net, Own, assert_right, by_hand, make
+from lightning_mtl.engine import free_graph
+from tests.engine.by_hand import ROWS, Net, Own, assert_right, by_hand, make
+from tests.nets import trainer
 
 LEVELS = ("parameters", "features")
 #: What the term reads: the features, a shared matrix, a head, a parameter that no task reaches, a task's own loss.
@@ -53,7 +55,7 @@ def expected(net: Net, method: str, level: str, losses: dict[str, Tensor], z: Te
     return [a if b is None else b if a is None else a + b for a, b in pairs]
 
 
-PLACES = [(m, level) for m in METHODS for level in LEVELS if level == "parameters" or m in (*GRAM, "fixed")]
+PLACES = [("fixed", "parameters"), ("mgda", "parameters"), ("mgda", "features"), *((m, "parameters") for m in ROWS)]
 
 
 @pytest.mark.parametrize("how", ["plus", "plain", "loop"])
@@ -80,9 +82,10 @@ def test_a_term_beside_the_tasks(method, level, kind, how, told):
     assert_right(net.parameters(), want)
 
 
+@pytest.mark.parametrize("freed", [False, True])
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_factor_and_a_second_balanced_loss_beside_it(level, recomputed):
+def test_a_factor_and_a_second_balanced_loss_beside_it(level, recomputed, freed):
     net = a_net(recomputed=recomputed)
     losses, z = net.losses()
     two = {"b": losses["b"], "c": losses["c"].sin()}
@@ -95,6 +98,8 @@ def test_a_factor_and_a_second_balanced_loss_beside_it(level, recomputed):
     ]
     balanced = modules[0].balance(losses, z) * 512 + modules[1].balance(two, z, plain=z.mean()) / 4
     plain = torch.autograd.grad(z.mean() / 4, net.parameters(), retain_graph=True, allow_unused=True)
+    if freed:
+        free_graph(balanced)
     balanced.backward()
     sums = [
         None if all(part is None for part in parts) else sum(f * part for f, part in parts if part is not None)
@@ -122,3 +127,31 @@ def test_a_loop_without_a_term_lets_the_graph_go_and_with_one_keeps_it():
         lightning_mtl.backward(losses, make("mgda", 3), z, plain=z.mean() if plain else None)
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             z.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["fixed", "mgda", "moco"])
+@pytest.mark.parametrize("automatic", [True, False])
+def test_in_a_fit(method, automatic):
+    """In automatic optimization a term is added; by hand it may also go backward afterwards, through what was kept."""
+    net = a_net()
+    losses, z = net.losses()
+    want = expected(net, method, "parameters", losses, z, 0.3 * z.square().mean())
+
+    class Fitted(Own):
+        def training_step(self, batch, batch_idx):
+            losses, z = net.losses()
+            if automatic:
+                return self.balance(losses, z) + 0.3 * z.square().mean()
+            self.manual_backward(self.balance(losses, z), retain_graph=True)
+            self.manual_backward(0.3 * z.square().mean())
+            return None
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def on_train_batch_end(self, *_):
+            assert_right(net.parameters(), want)
+
+    module = Fitted([net.encoder, *net.heads.values()], list(losses), make(method, 3))
+    module.automatic_optimization = automatic
+    trainer(max_steps=1).fit(module, [0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.engine.gradients.base import TaskGradients as TaskGradients
 from lightning_mtl.engine.gradients.features import Features
-from lightning_mtl.engine.gradients.last_layer import LastLayer
+from lightning_mtl.engine.gradients.last_layer import LastLayer, layer_of
 from lightning_mtl.engine.gradients.stored import Stored
 from lightning_mtl.types import Step
 
@@ -19,6 +19,6 @@ def choose(step: Step, balancer: GramBalancer | RowBalancer, level: str) -> Task
         return Stored(step, balancer)
     if level == "features" or (not balancer.due and balancer.granularity == "whole"):
         return Features(step, balancer)
-    if balancer.gram_at == "last_layer":
+    if balancer.gram_at == "last_layer" and {id(p) for p in layer_of(step, balancer)} <= {id(p) for p in step.shared}:
         return LastLayer(step, balancer)
     return Stored(step, balancer)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.checks import bad_argument, shape
 from lightning_mtl.engine.differentiate import Grads, add_up, grad_of
+from lightning_mtl.engine.graph import entangled
 from lightning_mtl.types import Root, Step
 
 
@@ -53,6 +54,8 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool, keep: bool) -> HeadGra
         grads = _only_through_leaves(step.losses, inputs, behind, seeds, keep=keep)
         ends = [sum(width[:task]) for task in range(len(width) + 1)]
         return HeadGrads([grads[begin:end] for begin, end in pairwise(ends)], [[] for _ in roots], [grads[ends[-1] :]])
+    # What the roots' own backward still needs must not be freed by this one.
+    keep = keep or (step.leaves is None and any(entangled(task) for task in roots))
     result = HeadGrads([], [], [])
     num = len(step.losses)
     for task, (loss, seed) in enumerate(zip(step.losses, seeds, strict=True)):
