@@ -347,7 +347,7 @@ class DigitAttributes(MultiTaskModule):
         self.lr = lr
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameter_groups(), lr=self.lr)
+        return torch.optim.Adam(self.parameter_groups(lr=self.lr), lr=self.lr)
 
 
 # The command line

@@ -16,8 +16,8 @@ class ShowMetrics(pl.Callback):
     """After each validation within a fit, call ``observe_metrics`` with ``val/{task}/{metric}`` of every task.
 
     Modules built on ``Balanced`` add it by themselves where the balancer (or one inside it) has that method. It runs
-    before checkpoints are written, so that they hold what the balancer knows then. A task that does not log the metric
-    stays unknown; values are averaged over the processes.
+    before checkpoints are written, so that they hold what the balancer knows then. Of several loaders that are not one per
+    task the first counts. A task that does not log the metric stays unknown; values are averaged over the processes.
 
     Raises: ``ValueError`` at the end of the first validation if no task logs the metric.
     """
@@ -32,7 +32,9 @@ class ShowMetrics(pl.Callback):
             if not hasattr(part, "observe_metrics"):
                 continue
             keys = [f"val/{name}/{part.metric}" for name in part.names]
-            found = [trainer.callback_metrics.get(key) for key in keys]
+            logged = trainer.callback_metrics
+            # Of several loaders that are not one per task the first counts.
+            found = [logged.get(key, logged.get(f"{key}/dataloader_idx_0")) for key in keys]
             if all(value is None for value in found):
                 raise bad_argument(
                     part,

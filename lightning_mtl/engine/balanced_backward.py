@@ -14,6 +14,7 @@ from lightning_mtl.engine.differentiate import Grads, add_up, stacked
 from lightning_mtl.engine.gradients import choose
 from lightning_mtl.engine.gradients.stored import Stored
 from lightning_mtl.engine.node import deposit
+from lightning_mtl.linalg import cancels
 from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.types import Balance, Step
 
@@ -72,8 +73,8 @@ class BalancedBackward:
             assert isinstance(self.gradients, Stored)
             update = self.gradients.spread(self._update(self.balancer, self.gradients, scale))
         else:
-            weights = self._weigh(self.balancer, scale)
-            update = self.gradients.combine(weights)
+            weights, gram = self._weigh(self.balancer, scale)
+            update = self.gradients.combine(weights, wide=gram is not None and cancels(weights, gram))
             if self.weight_heads:
                 # A task that counts as absent trains its own head: only so can its gradient come back.
                 own = self.gradients.per_loss(weights.masked_fill(self.silent, 1))
@@ -94,8 +95,8 @@ class BalancedBackward:
             self.report(Balance(self.names, losses.cpu(), balancer.last_weights.clone(), gram, present))
         return update * factor
 
-    def _weigh(self, balancer: GramBalancer, scale: Tensor) -> Tensor:
-        """Ask the balancer and report: weights ``[T]``, or ``[K, T]`` in groups."""
+    def _weigh(self, balancer: GramBalancer, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ask the balancer and report: weights ``[T]``, or ``[K, T]`` in groups, and the gram that they are for."""
         present, total = self.step.present, None
         losses = self.losses.double()
         if len(losses) != len(self.names):
@@ -113,7 +114,7 @@ class BalancedBackward:
         if self.report is not None:
             shown = weights.mean(0) if weights.ndim == 2 else weights
             self.report(Balance(self.names, losses, shown, self._shown_gram(total), present))
-        return weights
+        return weights, total
 
     def _with_a_gradient(self, gram: Tensor | None) -> Tensor | None:
         """Who is present, without the tasks whose gradient is exactly zero: they have nothing to say in this step.

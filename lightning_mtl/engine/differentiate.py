@@ -81,8 +81,8 @@ def zeros_for(root: Root) -> Tensor:
     return torch.zeros([int(size) for size in meta.shape], dtype=meta.dtype, device=meta.device)
 
 
-def add_up(per_task: Sequence[Grads], weights: Sequence[float] | None = None) -> Grads:
-    """Sum, or weighted sum, over tasks of gradients that may be missing."""
+def add_up(per_task: Sequence[Grads], weights: Sequence[float] | None = None, *, wide: bool = False) -> Grads:
+    """Sum, or weighted sum, over tasks of gradients that may be missing; ``wide``: in double precision."""
     total: Grads = []
     for column in zip(*per_task, strict=True):
         there = [(grad, task) for task, grad in enumerate(column) if grad is not None]
@@ -94,6 +94,9 @@ def add_up(per_task: Sequence[Grads], weights: Sequence[float] | None = None) ->
         found: Tensor | None = None
         for grad, task in there:
             # The first product is ours, so the others are added in place.
-            found = grad * weights[task] if found is None else found.add_(grad, alpha=weights[task])
-        total.append(found)
+            if found is None:
+                found = (grad.to(torch.promote_types(grad.dtype, torch.float64)) if wide else grad) * weights[task]
+            else:
+                found.add_(grad, alpha=weights[task])
+        total.append(found.to(there[0][0].dtype) if found is not None else None)
     return total

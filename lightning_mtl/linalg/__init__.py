@@ -13,6 +13,7 @@ from lightning_mtl.linalg.dual_cone import cancelling as cancelling
 from lightning_mtl.linalg.dual_cone import nonnegative_qp as nonnegative_qp
 from lightning_mtl.linalg.dual_cone import project_on_dual_cone as project_on_dual_cone
 from lightning_mtl.linalg.fair import fair_weights as fair_weights
+from lightning_mtl.linalg.gram import cancels as cancels
 from lightning_mtl.linalg.gram import combination as combination
 from lightning_mtl.linalg.gram import conflict as conflict
 from lightning_mtl.linalg.gram import cosines as cosines

@@ -20,6 +20,8 @@ _BLOCK = 1 << 22
 _CLEAR = 0.05
 # Smallest squared length, and inverse of the largest, for which they will.
 _SMALLEST = 1e-24
+# Length of a combination, over the sum of the lengths of its parts, below which it is summed in float64.
+_SHORT = 1e-2
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -47,6 +49,20 @@ def combination(weights: Tensor, rows: Tensor) -> Tensor:
     """
     weights = weights.to(rows.device, torch.float64)
     return torch.cat([(weights @ block.double()).to(rows.dtype) for block in _blocks(rows)])
+
+
+def cancels(weights: Tensor, gram: Tensor) -> bool:
+    """Whether rows cancel so far that rounding in their own dtype would show in their combination.
+
+    Shapes: weights ``[T]`` or ``[K, T]``, gram ``[n, n]`` or ``[K, n, n]`` of n rows, of which each T have the weights.
+    """
+    inner, factors = gram.numpy(), weights.numpy()
+    if factors.shape[-1] < inner.shape[-1]:
+        factors = np.tile(factors, inner.shape[-1] // factors.shape[-1])
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported elsewhere
+        square = ((factors[..., None, :] @ inner)[..., 0, :] * factors).sum(-1)
+        parts = (np.abs(factors) * np.sqrt(inner.diagonal(0, -2, -1))).sum(-1)
+        return bool((square < (_SHORT * parts) ** 2).any())
 
 
 def _blocks(rows: Tensor) -> Sequence[Tensor]:

@@ -67,6 +67,27 @@ def test_within_a_fit():
     assert stop.best_score.item() == pytest.approx(by_hand(model)["val/loss/dataloader_idx_1"], rel=1e-5)
 
 
+def test_a_balancer_sees_the_metrics_of_the_first():
+    balancer = {"class_path": "dtp", "init_args": {"metric": "mse", "smoothing": 1.0}}
+    model, runner = module(balancer, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0)), trainer(max_epochs=1)
+    model.balancer.observe_metrics = Seen()
+    runner.fit(model, loaders()[0], loaders())
+    (values,) = model.balancer.observe_metrics.calls
+    wanted = by_hand(model)
+    assert values[1:].tolist() == pytest.approx([wanted[f"val/{name}/mse/dataloader_idx_0"] for name in NAMES[1:]])
+    assert values[0].isnan()
+
+
+class Seen:
+    """Keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[torch.Tensor] = []
+
+    def __call__(self, values: torch.Tensor) -> None:
+        self.calls.append(values)
+
+
 def test_one_loader_has_plain_keys():
     model, data = module(), loaders()[0]
     (alone,) = trainer().validate(model, [data], verbose=False)

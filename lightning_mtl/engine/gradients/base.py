@@ -46,8 +46,13 @@ class TaskGradients(ABC):
         """This rank's share of the gram, scale and all: float64 ``[T, T]``, ``[K, T, T]`` in groups."""
 
     @abstractmethod
-    def combine(self, weights: Tensor) -> Grads:
-        """The weighted sum over tasks, one gradient per entry of ``inputs``: weights ``[T]`` or ``[K, T]``."""
+    def combine(self, weights: Tensor, *, wide: bool) -> Grads:
+        """The weighted sum over tasks, one gradient per entry of ``inputs``.
+
+        Args:
+            weights: ``[T]`` or ``[K, T]``.
+            wide: whether the gradients nearly cancel, so that they must be added up in float64.
+        """
 
     def per_loss(self, weights: Tensor) -> list[float]:
         """A number per loss, which a kernel takes without a transfer."""

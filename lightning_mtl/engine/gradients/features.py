@@ -46,10 +46,10 @@ class Features(TaskGradients):
         self.resolution = resolution(grad.dtype for grad in rows[0])
         return parts_gram(rows, disjoint=True)
 
-    def combine(self, weights: Tensor) -> Grads:
+    def combine(self, weights: Tensor, *, wide: bool) -> Grads:
         factors, heads = self.per_loss(weights), self.heads
         if self.common:
-            seeds = add_up(heads.roots, factors)
+            seeds = add_up(heads.roots, factors, wide=wide)
         else:
             seeds = [
                 None if grad is None else grad * factor
@@ -57,4 +57,4 @@ class Features(TaskGradients):
                 for grad in grads
             ]
         back = seeds if self.outer else grad_of(self.roots, self.step.shared, seeds, keep=self.keep)
-        return [*back, *add_up(heads.shared_heads, factors)]
+        return [*back, *add_up(heads.shared_heads, factors, wide=wide)]

@@ -16,6 +16,7 @@ from lightning_mtl.engine.gradients.base import TaskGradients
 from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.engine.gradients.last_layer import layer_of
 from lightning_mtl.engine.gradients.layout import Layout
+from lightning_mtl.linalg import combination
 from lightning_mtl.types import Step
 
 
@@ -79,15 +80,15 @@ class Stored(TaskGradients):
         at = [place for place, parameter in enumerate(self.inputs) if id(parameter) in layer]
         return parts_gram([[row[place] for place in at] for row in rows], disjoint=False)
 
-    def combine(self, weights: Tensor) -> Grads:
+    def combine(self, weights: Tensor, *, wide: bool) -> Grads:
         """Of this rank's rows; DDP averages the result, which is linear in the rows."""
         rows = self.exchange.rows[:, : self.exchange.size]
-        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        factors = weights.view(-1, weights.shape[-1]).repeat(1, len(rows) // weights.shape[-1]).to(wide)
-        parts = wide.split(self.groups or [self.exchange.size], dim=1)
-        updates = [torch.mv(part.T, factor) for part, factor in zip(parts, factors, strict=True)]
+        factors = weights.view(-1, weights.shape[-1]).repeat(1, len(rows) // weights.shape[-1])
+        add = combination if wide else _in_float32
+        parts = rows.split(self.groups or [self.exchange.size], dim=1)
+        updates = [add(factor, part) for part, factor in zip(parts, factors, strict=True)]
         update = updates[0] if len(updates) == 1 else torch.cat(updates)
-        return self.spread(update.to(rows.dtype))
+        return self.spread(update)
 
     def whole(self, scale: float) -> Tensor:
         """The rows averaged over the ranks, without the scale: ``[T, N]``."""
@@ -103,6 +104,12 @@ class Stored(TaskGradients):
             if not reached and (not self.balancer.growing or not bool(grads[place].any())):  # type: ignore[union-attr]
                 grads[place] = None
         return grads
+
+
+def _in_float32(weights: Tensor, rows: Tensor) -> Tensor:
+    """``weights @ rows`` in one pass, in float32 where rows have fewer digits: ``[N]``."""
+    numbers = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    return torch.mv(numbers.T, weights.to(numbers)).to(rows.dtype)
 
 
 def _groups(step: Step, balancer: GramBalancer | RowBalancer, sizes: list[int]) -> dict[object, int] | None:
