@@ -16,8 +16,9 @@ class ShowMetrics(pl.Callback):
     """After each validation within a fit, call ``observe_metrics`` with ``val/{task}/{metric}`` of every task.
 
     Modules built on ``Balanced`` add it by themselves where the balancer (or one inside it) has that method. It runs
-    before checkpoints are written, so that they hold what the balancer knows then. Of several loaders that are not one per
-    task the first counts. A task that does not log the metric stays unknown; values are averaged over the processes.
+    before checkpoints are written, so that they hold what the balancer knows then. Of several loaders that are not one
+    per task the first counts. A task that does not log the metric stays unknown; values are averaged over the
+    processes.
 
     Raises: ``ValueError`` at the end of the first validation if no task logs the metric.
     """

@@ -14,6 +14,7 @@ from lightning_mtl.engine.differentiate import Grads, add_up, stacked
 from lightning_mtl.engine.gradients import choose
 from lightning_mtl.engine.gradients.stored import Stored
 from lightning_mtl.engine.node import deposit
+from lightning_mtl.engine.recompute import forwards_leave_no_trace
 from lightning_mtl.linalg import cancels
 from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.types import Balance, Step
@@ -68,13 +69,16 @@ class BalancedBackward:
 
     def _solve(self, scale: Tensor, keep: bool) -> Grads:
         apart = self.weight_heads or self.own_weights is not None
-        private, own = self.gradients.take(scale, apart=apart, keep=keep), self.own_weights
+        own = self.own_weights
+        with forwards_leave_no_trace():
+            private = self.gradients.take(scale, apart=apart, keep=keep)
         if isinstance(self.balancer, RowBalancer):
             assert isinstance(self.gradients, Stored)
             update = self.gradients.spread(self._update(self.balancer, self.gradients, scale))
         else:
             weights, gram = self._weigh(self.balancer, scale)
-            update = self.gradients.combine(weights, wide=gram is not None and cancels(weights, gram))
+            with forwards_leave_no_trace():
+                update = self.gradients.combine(weights, wide=gram is not None and cancels(weights, gram))
             if self.weight_heads:
                 # A task that counts as absent trains its own head: only so can its gradient come back.
                 own = self.gradients.per_loss(weights.masked_fill(self.silent, 1))
@@ -102,7 +106,8 @@ class BalancedBackward:
         if len(losses) != len(self.names):
             losses = losses.view(-1, len(self.names)).sum(0)
         if balancer.due:
-            gram = self.gradients.gram()
+            with forwards_leave_no_trace():
+                gram = self.gradients.gram()
             if balancer.grouped and gram.ndim == 2:
                 gram = gram[None]
             total, losses = sum_gram(gram, losses, scale)
@@ -124,7 +129,10 @@ class BalancedBackward:
         present = self.step.present
         if gram is None:
             return present
-        zero = gram.diagonal(dim1=-2, dim2=-1).reshape(-1, len(self.names)).sum(0) == 0
+        squares = gram.numpy().diagonal(0, -2, -1)  # a handful of numbers, which torch takes longer to look at
+        if squares.all():
+            return present
+        zero = torch.from_numpy(squares.reshape(-1, len(self.names)).sum(0) == 0)
         if not bool(zero.any()) or not bool(gram.isfinite().all()):
             return present
         here = torch.ones_like(zero) if present is None else present.cpu()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.engine.collectives import world_size
-from lightning_mtl.engine.recompute import forwards_leave_no_trace
 from lightning_mtl.types import Root
 
 Grads = list[Tensor | None]
@@ -33,8 +32,7 @@ def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Ten
     ends, starts = zip(*pairs, strict=True)
     # Tensors and edges may be mixed, which torch takes but does not declare.
     wanted = cast(Any, inputs)
-    with forwards_leave_no_trace():
-        grads = torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True)
+    grads = torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True)
     return [None if grad is None else as_plain(grad) for grad in grads]
 
 

@@ -181,26 +181,30 @@ def _walk(
         if node in seen:
             continue
         seen[node] = None
-        _check_visible(node, owner)
-        stack.extend(edge for edge in reversed(node.next_functions) if edge not in stop)
+        if type(node).__name__ in _HIDING:
+            raise _hidden(type(node).__name__, owner)
+        ahead = node.next_functions[::-1]
+        stack += [edge for edge in ahead if edge not in stop] if stop else ahead
     return seen
 
 
-def _check_visible(node: Node, owner: object) -> None:
-    kind = type(node).__name__
+#: Nodes behind which the graph cannot be seen.
+_HIDING = {"_DDPSinkBackward", "CheckpointFunctionBackward"}
+
+
+def _hidden(kind: str, owner: object) -> Exception:
     if kind == "_DDPSinkBackward":
-        raise bad_argument(
+        return bad_argument(
             owner,
             "losses",
             "be computed from outputs whose graphs are apart",
             "outputs that DDP joined (find_unused_parameters or static_graph)",
             "Leave both out, or return the losses' inputs as features and pass features=",
         )
-    if kind == "CheckpointFunctionBackward":
-        raise bad_argument(
-            owner,
-            "losses",
-            "have a graph that can be walked",
-            "a reentrant checkpoint, which hides the parameters behind it",
-            "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
-        )
+    return bad_argument(
+        owner,
+        "losses",
+        "have a graph that can be walked",
+        "a reentrant checkpoint, which hides the parameters behind it",
+        "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+    )

@@ -59,10 +59,10 @@ def cancels(weights: Tensor, gram: Tensor) -> bool:
     inner, factors = gram.numpy(), weights.numpy()
     if factors.shape[-1] < inner.shape[-1]:
         factors = np.tile(factors, inner.shape[-1] // factors.shape[-1])
+    # The square of each combination, against what it would be if all its parts pointed one way.
+    groups = [(factors, inner)] if inner.ndim == 2 else zip(factors, inner, strict=True)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported elsewhere
-        square = ((factors[..., None, :] @ inner)[..., 0, :] * factors).sum(-1)
-        parts = (np.abs(factors) * np.sqrt(inner.diagonal(0, -2, -1))).sum(-1)
-        return bool((square < (_SHORT * parts) ** 2).any())
+        return any(w @ g @ w < (_SHORT * (np.abs(w) @ np.sqrt(g.diagonal()))) ** 2 for w, g in groups)
 
 
 def _blocks(rows: Tensor) -> Sequence[Tensor]:

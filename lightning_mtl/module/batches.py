@@ -49,7 +49,7 @@ class BatchForm:
 
     def inputs_of(self, batch: Any, tasks: TaskRegistry, dataloader: str | None = None) -> list[Group]:
         """Find the input, or one per task; targets may be missing. What has no known form is itself the input."""
-        found = self._split(batch, tasks, dataloader)
+        found = self._split(batch, tasks, dataloader, _used(tasks))
         if found is not None:
             return found
         # The one element that a TensorDataset of inputs gives.
@@ -66,16 +66,19 @@ class BatchForm:
 
         Raises: ``TypeError`` if the batch has none of the forms; ``ValueError`` if a name is wrong.
         """
+        used = _used(tasks)
         if self.strict and dataloader is None and _has_mapping(batch):
-            self._check_targets(batch[1], tasks)
-        found = self._split(batch, tasks, dataloader)
+            self._check_targets(batch[1], tasks, used)
+        found = self._split(batch, tasks, dataloader, used)
         if found is None:
             found = self.inputs_of(batch, tasks)
             if not _need_no_target(tasks, found[0].inputs):
                 raise self._no_form(batch, tasks)
         return found
 
-    def _split(self, batch: Any, tasks: TaskRegistry, dataloader: str | None) -> list[Group] | None:
+    def _split(
+        self, batch: Any, tasks: TaskRegistry, dataloader: str | None, used: set[str | None]
+    ) -> list[Group] | None:
         if dataloader is not None:
             return [_own(batch, dataloader, tasks)]
         if isinstance(batch, Mapping):
@@ -87,12 +90,11 @@ class BatchForm:
         elif _has_mapping(batch):
             inputs, targets = batch
             # A mapping without any target is a part of the input, such as meta data.
-            if not self.strict or not targets or not _used(tasks).isdisjoint(targets):
+            if not self.strict or not targets or not used.isdisjoint(targets):
                 return [Group(inputs, targets, tasks.names)]
         return None
 
-    def _check_targets(self, targets: Mapping[str, Any], tasks: TaskRegistry) -> None:
-        used = _used(tasks)
+    def _check_targets(self, targets: Mapping[str, Any], tasks: TaskRegistry, used: set[str | None]) -> None:
         unknown = [key for key in targets if key not in used]
         if unknown:
             raise bad_argument(

@@ -224,8 +224,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             results = run_heads(parts, self.tasks, cut=False, halved=halved)
         if cut:
             # Here by name; another step may take another way, so every backward looks again.
-            owned = self.__owned(results)
-            core_of(self).remembered("only features", lambda: check_only_features(results, owned, self))
+            core_of(self).remembered("only features", lambda: check_only_features(results, self.__owned(results), self))
         for result in results.values():
             result.whole = apart and not cut
         return results
@@ -237,8 +236,8 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             check_features_can_be_cut(parts, inputs, self)
             return True
         hidden = core_of(self).remembered("inputs", lambda: inputs_behind(parts, own, self))
-        past = self.__in_place or self.__owned({}).tied or any(part.unknown for part in parts)
-        return not (inputs or hidden or past)
+        tied = any(parameter.requires_grad for parameter in self.__declared().tied)
+        return not (inputs or hidden or tied or self.__in_place or any(part.unknown for part in parts))
 
     def __step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         core = core_of(self)
@@ -258,9 +257,13 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             leaves = parts * [[] if result is None or result.leaves is None else result.leaves for result in found]
         return core.step(losses, present, owned, roots=roots * parts, leaves=leaves)
 
+    def __declared(self) -> Owned:
+        """Who owns which parameters, trained or frozen."""
+        return core_of(self).remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, core_of(self).own()))
+
     def __owned(self, results: Mapping[str, TaskResult]) -> Owned:
         """Who owns the trainable parameters now; the results tell of those that no module has."""
-        every = core_of(self).remembered("owned", lambda: declared(self.encoder, self.tasks.tasks, core_of(self).own()))
+        every = self.__declared()
         lists = (every.shared, every.shared_heads, every.private, every.tied)
         shared, heads, private, tied = ([p for p in parameters if p.requires_grad] for parameters in lists)
         roots = [root for result in results.values() for root in result.roots]

@@ -11,12 +11,15 @@ from torch.utils._pytree import tree_leaves
 
 def is_empty(value: Any) -> bool:
     """Whether tensors without entries are all there is: a batch in which nothing was found."""
-    leaves = (value,) if isinstance(value, Tensor) else tree_leaves(value)
-    return all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves)
+    if isinstance(value, Tensor):
+        return value.numel() == 0
+    return all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves(value))
 
 
 def num_samples(value: Any) -> int:
     """How many samples a target or an output, in any nested structure, is for."""
+    if isinstance(value, Tensor):
+        return len(value) if value.ndim else 1
     return next((len(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 

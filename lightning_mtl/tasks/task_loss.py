@@ -136,7 +136,8 @@ class TaskLoss(nn.Module):
         loss is exactly 0, and so is its gradient. A loss that is a number or a constant tensor keeps its value, and a
         warning says once that it trains nothing.
         """
-        if is_empty(target) and is_empty(output):
+        none = is_empty(target)
+        if none and is_empty(output):
             return zero_of(output), 0
         output, target = self.match(output, target, name)
         labelled = self.labelled(target, mask, name)
@@ -153,11 +154,11 @@ class TaskLoss(nn.Module):
             labelled = self._like_loss(labelled, loss, name)
             if seen is target and not complete:
                 self._check_hidden(loss, labelled, name)
-        count: Tensor | int | float = num_samples(output if is_empty(target) else target)
+        count: Tensor | int | float = num_samples(output if none else target)
         mean = loss
         if loss.ndim:
             mean, count = weighted_mean(loss, None if complete else labelled, self._entry_weights(seen, loss))
-        if loss.numel() == 0 or (is_empty(target) and not mean.isfinite()):
+        if loss.numel() == 0 or (none and not mean.isfinite()):
             return zero_of(output), 0
         if torch.is_grad_enabled() and not mean.requires_grad and self._trains(output):
             self.say_constant(name)

@@ -76,9 +76,10 @@ class Layout:
         return [part.as_strided(*like) for part, like in zip(row.split(self.sizes), self._shapes, strict=True)]
 
 
-def _shape_and_strides(parameter: Tensor) -> tuple[list[int], list[int]]:
+def _shape_and_strides(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
     """Those of a parameter, if it fills its memory without a gap; of pairs of numbers if it is complex."""
-    shape, strides = list(parameter.shape), list(parameter.stride())
+    shape: Sequence[int] = parameter.shape
+    strides: Sequence[int] = parameter.stride()
     if not parameter.is_contiguous() and not _fills_memory(parameter):
         strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
     if parameter.is_complex():

@@ -33,8 +33,9 @@ class Stored(TaskGradients):
         self.resolution = resolution(parameter.dtype for parameter in self.inputs)
         groups = _groups(step, balancer, self.layout.sizes)
         self.groups = None if groups is None else list(groups.values())
-        columns = zip(map(id, self.inputs), self.layout.sizes, strict=True)
-        _follow(balancer, dict(columns) if groups is None else dict.fromkeys(groups, 1))
+        if balancer.growing:
+            columns = zip(map(id, self.inputs), self.layout.sizes, strict=True)
+            _follow(balancer, dict(columns) if groups is None else dict.fromkeys(groups, 1))
         at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and balancer.due
         self.layer = layer_of(step, balancer) if at_layer else None
 
@@ -142,8 +143,6 @@ def _follow(balancer: GramBalancer | RowBalancer, places: Mapping[object, int]) 
         balancer: any.
         places: key of each parameter, or group of them -> how many columns, or groups, it is, in their order.
     """
-    if not balancer.growing:
-        return
     before: Mapping[object, int] | None = getattr(balancer, "_places", None)
     balancer._places = places  # type: ignore[assignment]
     # Of a copy, or after a resume, the parameters are others, in the same order.
