@@ -69,11 +69,13 @@ def test_it_trains_and_chemprop_loads_what_it_saved(tmp_path):
     fitting.save_checkpoint(path)
     assert model.last_balance.names == tuple(TASKS)
     plain = tmp_path / "plain.ckpt"
-    lightning_mtl.to_plain_checkpoint(path, plain)
-    loaded = chemprop.models.MPNN.load_from_file(plain)
-    for (name, a), (_, b) in zip(loaded.state_dict().items(), loaded.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
-    again = cls.load_from_checkpoint(path)
+    lightning_mtl.to_plain_checkpoint(path, plain, weights_only=False)
+    loaded = chemprop.models.MPNN.load_from_file(plain).state_dict()
+    trained = {key: value for key, value in model.state_dict().items() if not key.startswith("balancer.")}
+    assert loaded.keys() == trained.keys()
+    for name, value in trained.items():
+        assert torch.equal(loaded[name], value), name
+    again = cls.load_from_checkpoint(path, weights_only=False)  # as the plain class needs: its settings are objects
     assert type(again.balancer) is type(model.balancer)
 
 
