@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from torch import nn
 
 _EMPTY = nn.ModuleDict()
@@ -14,7 +12,6 @@ def usable(name: object) -> bool:
     return isinstance(name, str) and bool(name) and "dataloader_idx_" not in name
 
 
-@lru_cache(maxsize=4096)
 def key_of(name: str) -> str:
     """The key of a name in a ``ModuleDict``: the name itself, wherever torch can hold it.
 
