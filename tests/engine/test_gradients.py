@@ -1,4 +1,4 @@
-"""Bar 3: whatever the network, the gradients are those of brute force."""
+"""Whatever the network, the gradients are those of brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bar 2: with the fixed balancer nothing is different from a hand-written module that sums the losses."""
+"""With the fixed balancer nothing is different from a hand-written module that sums the losses."""
 
 from __future__ import annotations
 

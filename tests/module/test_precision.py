@@ -1,4 +1,4 @@
-"""Bar 5 on one process: float16 with a gradient scaler, and what other precisions do to a balancer."""
+"""On one process: float16 with a gradient scaler, and what other precisions do to a balancer."""
 
 from __future__ import annotations
 

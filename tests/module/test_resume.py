@@ -1,4 +1,4 @@
-"""Bar 6: a run that was interrupted in the middle of an epoch ends, bit for bit, where the whole run ends."""
+"""A run that was interrupted in the middle of an epoch ends, bit for bit, where the whole run ends."""
 
 from __future__ import annotations
 

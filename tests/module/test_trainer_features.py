@@ -1,4 +1,4 @@
-"""Bar 10: what a Trainer offers works as ever. Fixed equals a hand-written module; the others train and end finite."""
+"""What a Trainer offers works as ever. Fixed equals a hand-written module; the others train and end finite."""
 
 from __future__ import annotations
 
