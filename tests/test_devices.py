@@ -1,4 +1,4 @@
-"""Bars 2, 3 and 5 on every device of this machine: the CPU always, a GPU where there is one."""
+"""Gradients, precision and resume on every device of this machine: the CPU always, a GPU where there is one."""
 
 from __future__ import annotations
 
