@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
-
-Root = Tensor | GradientEdge
 
 
 @dataclass
@@ -39,7 +36,7 @@ class Step:
     shared: list[Tensor]
     shared_heads: list[Tensor]
     private: list[Tensor]
-    roots: Sequence[Sequence[Root]] | None
+    roots: Sequence[Sequence[Tensor]] | None
     leaves: Sequence[Sequence[Tensor]] | None = None
     present: Tensor | None = None
     last_layer: list[Tensor] | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.checks import bad_argument, warn_once
 from lightning_mtl.engine.collectives import mean_over_ranks, sum_gram
-from lightning_mtl.engine.differentiate import Grads, add_up, stacked
+from lightning_mtl.engine.differentiate import Grads, add_up, hooks_aside, stacked
 from lightning_mtl.engine.gradients import choose
 from lightning_mtl.engine.gradients.stored import Stored
 from lightning_mtl.engine.node import deposit
@@ -67,17 +68,24 @@ class BalancedBackward:
         """The scalar whose backward this is; its value is the plain sum of the losses."""
         return deposit(self.losses.sum(), [*self.gradients.inputs, *self.step.private], self._solve, self.step.tables)
 
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Gradients that are only on their way: no hook of a parameter sees them, and no module counts a forward."""
+        step = self.step
+        with hooks_aside([*step.shared, *step.shared_heads, *step.private]), forwards_leave_no_trace():
+            yield
+
     def _solve(self, scale: Tensor, keep: bool) -> Grads:
         apart = self.weight_heads or self.own_weights is not None
         own = self.own_weights
-        with forwards_leave_no_trace():
+        with self._inside():
             private = self.gradients.take(scale, apart=apart, keep=keep)
         if isinstance(self.balancer, RowBalancer):
             assert isinstance(self.gradients, Stored)
             update = self.gradients.spread(self._update(self.balancer, self.gradients, scale))
         else:
             weights, gram = self._weigh(self.balancer, scale)
-            with forwards_leave_no_trace():
+            with self._inside():
                 update = self.gradients.combine(weights, wide=gram is not None and cancels(weights, gram))
             if self.weight_heads:
                 # A task that counts as absent trains its own head: only so can its gradient come back.
@@ -106,7 +114,7 @@ class BalancedBackward:
         if len(losses) != len(self.names):
             losses = losses.view(-1, len(self.names)).sum(0)
         if balancer.due:
-            with forwards_leave_no_trace():
+            with self._inside():
                 gram = self.gradients.gram()
             if balancer.grouped and gram.ndim == 2:
                 gram = gram[None]

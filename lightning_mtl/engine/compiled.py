@@ -62,7 +62,7 @@ def check_not_siblings(step: Step, owner: object) -> None:
     if len(nodes) == len(set(nodes)) or step.leaves is not None:
         return
     roots = [root for task in step.roots or [] for root in task]
-    if step.roots is not None and all(isinstance(root, Tensor) and root.grad_fn not in nodes for root in roots):
+    if step.roots is not None and all(root.grad_fn not in nodes for root in roots):
         return
     raise bad_argument(
         owner,

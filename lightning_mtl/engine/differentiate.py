@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.engine.collectives import world_size
-from lightning_mtl.types import Root
 
 Grads = list[Tensor | None]
 
@@ -20,19 +19,35 @@ def stacked(losses: Sequence[Tensor]) -> Tensor:
     return torch.stack([loss if loss.dtype == torch.float64 else loss.float() for loss in losses])
 
 
-def grad_of(outputs: Sequence[Root], inputs: Sequence[Root], seeds: Sequence[Tensor | None], *, keep: bool) -> Grads:
+@contextmanager
+def hooks_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context no hook of these tensors runs, and what they retain of gradients stays as it was.
+
+    A backward inside the engine is not the one that a hook was registered for: that comes with the final gradient.
+    """
+    # Autograd holds on to the dict itself, so that emptying it is enough.
+    held = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
+    retained = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, saved in held:
+            hooks.update(saved)
+        for tensor, grad in retained:
+            tensor.grad = grad
+
+
+def grad_of(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor | None], *, keep: bool
+) -> Grads:
     """``torch.autograd.grad`` that gives ``None`` for what is not reached, also if nothing is asked or attached."""
-    pairs = [
-        (o, s)
-        for o, s in zip(outputs, seeds, strict=True)
-        if s is not None and (not isinstance(o, Tensor) or o.requires_grad)
-    ]
+    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if s is not None and o.requires_grad]
     if not inputs or not pairs:
         return [None] * len(inputs)
     ends, starts = zip(*pairs, strict=True)
-    # Tensors and edges may be mixed, which torch takes but does not declare.
-    wanted = cast(Any, inputs)
-    grads = torch.autograd.grad(ends, wanted, starts, retain_graph=keep, allow_unused=True)
+    grads = torch.autograd.grad(ends, inputs, starts, retain_graph=keep, allow_unused=True)
     return [None if grad is None else as_plain(grad) for grad in grads]
 
 
@@ -47,7 +62,7 @@ def as_plain(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(Tensor)
 
 
-def seeds_for(roots: Sequence[Root], grads: Grads) -> Grads:
+def seeds_for(roots: Sequence[Tensor], grads: Grads) -> Grads:
     """What arrives at the roots. Several processes run the same backwards, so a root that is not read gets zeros.
 
     On one process it gets nothing, and so does what lies behind it alone.
@@ -71,12 +86,9 @@ def resolution(dtypes: Iterable[torch.dtype]) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float64).eps)
 
 
-def zeros_for(root: Root) -> Tensor:
+def zeros_for(root: Tensor) -> Tensor:
     """A zero gradient for a root."""
-    if isinstance(root, Tensor):
-        return torch.zeros_like(as_plain(root))
-    meta = root.node._input_metadata[root.output_nr]
-    return torch.zeros([int(size) for size in meta.shape], dtype=meta.dtype, device=meta.device)
+    return torch.zeros_like(as_plain(root))
 
 
 def add_up(per_task: Sequence[Grads], weights: Sequence[float] | None = None, *, wide: bool = False) -> Grads:

@@ -1,4 +1,4 @@
-"""Walking autograd graphs: what is reached, where the losses meet, and where the graph may be cut."""
+"""Walking autograd graphs: what is reached, who is shared, and which features are a cut."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from lightning_mtl.checks import bad_argument
-from lightning_mtl.types import Root
 
 Edge = tuple[Node | None, int]
 
@@ -23,13 +22,10 @@ class Reach:
     Args:
         shared: leaves reached by at least two losses, in order of discovery.
         private: leaves reached by exactly one.
-        edges: where the graphs of the losses meet: the ends of edges from a node that one loss reaches into an
-            inner node that several reach. Empty if no such cut separates all losses (see ``discover``).
     """
 
     shared: list[Tensor]
     private: list[Tensor]
-    edges: list[GradientEdge]
 
 
 def reached(tensors: Sequence[Tensor], owner: object = "lightning_mtl") -> list[Tensor]:
@@ -75,12 +71,7 @@ def upstream(features: Sequence[Tensor], owner: object = "lightning_mtl") -> lis
 
 
 def discover(losses: Sequence[Tensor], owner: object = "lightning_mtl") -> Reach:
-    """Find the shared leaves, the private ones, and the edges at which the losses' graphs meet.
-
-    The edges are returned only if every way from a loss to a shared leaf crosses exactly one of them; then
-    ``d loss / d edges`` followed by ``d edges / d shared`` is the whole gradient. How many losses reach a node only
-    grows along a way, so that fails in three cases: one edge lies behind another, a loss is itself a part of another,
-    or a node that only one loss reaches leads straight into a shared leaf (a tied matrix, a penalty).
+    """Find the shared leaves and the private ones.
 
     Raises: ``ValueError`` if a reentrant checkpoint hides part of the graph.
     """
@@ -90,16 +81,7 @@ def discover(losses: Sequence[Tensor], owner: object = "lightning_mtl") -> Reach
     for node, times in count.items():
         if hasattr(node, "variable"):
             (shared if times > 1 else private)[id(node.variable)] = node.variable
-    edges: dict[tuple[Node, int], GradientEdge] = {}
-    straight = False
-    for node, times in count.items():
-        if times == 1:
-            for child, index in node.next_functions:
-                if child is not None and count[child] > 1:
-                    straight = straight or hasattr(child, "variable")
-                    edges[child, index] = GradientEdge(child, index)
-    cut = not straight and _separates(edges, count, owner)
-    return Reach(list(shared.values()), list(private.values()), list(edges.values()) if cut else [])
+    return Reach(list(shared.values()), list(private.values()))
 
 
 def siblings(losses: Sequence[Sequence[Tensor]]) -> bool:
@@ -130,27 +112,14 @@ def siblings(losses: Sequence[Sequence[Tensor]]) -> bool:
     return any(len({frozenset(outputs) for outputs in tasks if outputs}) > 1 for tasks in read.values())
 
 
-def _separates(edges: dict[tuple[Node, int], GradientEdge], count: Counter[Node], owner: object) -> bool:
-    """Whether all that several losses reach lies behind the edges, and no edge lies behind another."""
-    if not edges:
-        return False
-    starts = {node for node, _ in edges}
-    below = _below(starts, owner)
-    behind = starts | below.keys()
-    return not starts & below.keys() and all(times == 1 or node in behind for node, times in count.items())
-
-
-def entangled(roots: Sequence[Root]) -> bool:
+def entangled(roots: Sequence[Tensor]) -> bool:
     """Whether the node of one root lies behind that of another, as its other output may.
 
     Differentiating with respect to both then runs through what lies between.
     """
-    nodes = {_edge(root)[0] if isinstance(root, Tensor) else root.node for root in roots} - {None}
-    return len(nodes) > 1 and bool(nodes & _below(nodes, "lightning_mtl").keys())
-
-
-def _below(nodes: Set[Node | None], owner: object) -> dict[Node, None]:
-    return _walk([edge for node in nodes if node is not None for edge in node.next_functions], owner)
+    nodes = {root.grad_fn for root in roots} - {None}
+    below = _walk([edge for node in nodes if node is not None for edge in node.next_functions], "lightning_mtl")
+    return len(nodes) > 1 and bool(nodes & below.keys())
 
 
 def _edge(tensor: Tensor) -> Edge:

@@ -74,7 +74,7 @@ def _common(step: Step, shared: Sequence[Tensor]) -> set[int]:
         leaves = {id(leaf) for leaf in reached([loss])}
         if step.leaves is not None and step.roots is not None:
             pairs = zip(step.roots[task], step.leaves[task], strict=True)
-            through = [root for root, leaf in pairs if id(leaf) in leaves and isinstance(root, Tensor)]
+            through = [root for root, leaf in pairs if id(leaf) in leaves]
             leaves |= {id(leaf) for leaf in reached(through)}
         common = leaves if common is None else common & leaves
     # Nobody here says nothing; the other ranks do.

@@ -130,7 +130,7 @@ def _objective(step: Step, balancer: LossBalancer, names: tuple[str, ...], repor
 
 def _check_features(step: Step) -> None:
     roots = step.roots
-    if roots is None or not all(isinstance(root, Tensor) for task in roots for root in task):
+    if roots is None:
         raise bad_argument(
             "lightning_mtl",
             "level",

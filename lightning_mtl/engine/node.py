@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_mtl.checks import bad_argument
 from lightning_mtl.engine.collectives import world_size
@@ -24,8 +23,16 @@ class _Deposit(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise bad_argument(
+                "lightning_mtl",
+                "create_graph",
+                "be False where the gradients of tasks are compared: they come without a graph of their own",
+                True,
+                "Use a balancer of losses, such as fixed or uncertainty, or take the gradients of single losses",
+                RuntimeError,
+            )
         if ctx.solve is None:
             raise bad_argument(
                 "lightning_mtl",
@@ -37,11 +44,12 @@ class _Deposit(torch.autograd.Function):
             )
         # Dropped first: whatever happens, no graph tensor outlives the backward.
         solve, inputs, ctx.solve, ctx.inputs = ctx.solve, ctx.inputs, None, None
+        keep = ctx.keep or torch._C._autograd._get_current_graph_task_keep_graph()
         if torch.is_autocast_enabled(ctx.device_type):
             with torch.autocast(ctx.device_type, enabled=False):
-                grads = list(solve(scale, ctx.keep))
+                grads = list(solve(scale, keep))
         else:  # as nearly always; entering a context takes its time
-            grads = list(solve(scale, ctx.keep))
+            grads = list(solve(scale, keep))
         if world_size() > 1:
             # DDP waits for a gradient of every parameter; on one process None lets the optimizer skip it.
             grads = [_zeros(tensor, ctx.tables) if g is None else g for g, tensor in zip(grads, inputs, strict=True)]
@@ -73,7 +81,7 @@ def free_graph(loss: Tensor) -> None:
 
     Without this the graph lives as long as somebody holds a loss or a feature, because a term that was added to the
     balanced loss may need it again. Nothing happens if there is such a term: if the loss depends on anything else than
-    one balanced loss.
+    one balanced loss. ``retain_graph=True`` keeps it in any case.
     """
     nodes: list[Any] = []
     stack: list[Any] = [loss.grad_fn]

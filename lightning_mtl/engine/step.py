@@ -18,7 +18,7 @@ from lightning_mtl.engine.features import given_tensors
 from lightning_mtl.engine.graph import discover, reached, reached_beside, siblings, upstream
 from lightning_mtl.engine.last_layer import last_layer
 from lightning_mtl.engine.model import Model
-from lightning_mtl.types import Root, Step
+from lightning_mtl.types import Step
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Owned:
     shared_heads: list[Tensor] = field(default_factory=list)
     private: list[Tensor] = field(default_factory=list)
     tied: list[Tensor] = field(default_factory=list)
-    roots: list[Root] | None = None
+    roots: list[Tensor] | None = None
     between: list[Tensor] = field(default_factory=list)
 
 
@@ -80,7 +80,7 @@ def found(
                 "Pass each scalar as it was before it was stacked; or features=, the tensors that all heads read; or "
                 "shared=, the shared parameters",
             )
-        return _in_graph(whole, losses[0].device, model)
+        return _in_graph(whole, losses[0].device, model, complete=len(whole) == num_tasks)
     own = reached(whole, model.owner) if model.own is None else model.own
     return Owned(chosen, private=_without(own, chosen))
 
@@ -106,7 +106,7 @@ def make_step(
     model: Model,
     *,
     level: str = "parameters",
-    roots: Sequence[Sequence[Root]] | None = None,
+    roots: Sequence[Sequence[Tensor]] | None = None,
     leaves: Sequence[Sequence[Tensor]] | None = None,
     layer: nn.Module | Sequence[Tensor] | None = None,
 ) -> Step:
@@ -218,24 +218,17 @@ def _check_nothing_to_share(
     )
 
 
-def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model) -> Owned:
-    """What at least two losses reach in this step's graph, on any rank, or did in an earlier one."""
+def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model, *, complete: bool) -> Owned:
+    """What at least two losses reach in this step's graph, on any rank; or did before, where a task is absent."""
     reach = discover(losses, model.owner)
-    if model.own is None:
-        return Owned(reach.shared, private=reach.private, roots=list(reach.edges) or None)
-    own = model.own
-    here = {id(parameter) for parameter in reach.shared}
-    before = {id(parameter) for parameter in model.met}
-    mine = [id(parameter) in here for parameter in own]
-    wanted = [flag or id(parameter) in before for flag, parameter in zip(mine, own, strict=True)]
-    flags = union_over_ranks([*wanted, *(not flag for flag in mine), not reach.edges], device)
-    some, not_all, cut_fails = flags[: len(own)], flags[len(own) : -1], flags[-1]
-    shared = [parameter for parameter, flag in zip(own, some, strict=True) if flag]
-    # What only other ranks share (a task has no labels here) does not lie behind this rank's edges; and all ranks
-    # must go one way, because each has its own collectives.
-    edges = [] if cut_fails or any(a and b for a, b in zip(some, not_all, strict=True)) else reach.edges
-    model.met = shared
-    return Owned(shared, private=_without(own, shared), roots=list(edges) or None)
+    own = [*reach.shared, *reach.private] if model.own is None else model.own
+    here, before = ({id(parameter) for parameter in each} for each in (reach.shared, model.met))
+    flags = [*(id(p) in here for p in own), *(id(p) in before for p in own), not complete]
+    if model.own is not None:
+        flags = union_over_ranks(flags, device)
+    now, earlier, absent = flags[: len(own)], flags[len(own) : -1], flags[-1]
+    model.met = [p for p, a, b in zip(own, now, earlier, strict=True) if a or (b and absent)]
+    return Owned(model.met, private=_without(own, model.met))
 
 
 def _among(parameters: Iterable[Tensor], chosen: Iterable[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.engine import Model, Owned, balanced_loss, make_step, reached, world_size, zero_that_reaches
-from lightning_mtl.types import Balance, Root, Step
+from lightning_mtl.types import Balance, Step
 
 #: The one private attribute of a balanced module.
 ATTRIBUTE = "_lightning_mtl"
@@ -156,12 +156,12 @@ class Core:
             report=self._report,
         )
 
-    def placed(self, owned: Owned, roots: Sequence[Root]) -> Owned:
+    def placed(self, owned: Owned, roots: Sequence[Tensor]) -> Owned:
         """Where an encoder is declared: which strangers are behind its features too, and so shared."""
         strangers = self.remembered("strangers", self.strangers)
         if not strangers:
             return owned
-        behind = {id(leaf) for leaf in reached([root for root in roots if isinstance(root, Tensor)], self.owner)}
+        behind = {id(leaf) for leaf in reached(roots, self.owner)}
         found = [p for p in strangers if p.requires_grad and id(p) in behind]
         ids = {id(p) for p in found}
         private = [p for p in owned.private if id(p) not in ids]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_mtl.balancers.base import GramBalancer, RowBalancer
 from lightning_mtl.engine.collectives import parts_gram
-from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, real, resolution, zeros_for
+from lightning_mtl.engine.differentiate import Grads, add_up, real, resolution, zeros_for
 from lightning_mtl.engine.gradients.base import TaskGradients
 from lightning_mtl.engine.gradients.heads import HeadGrads, head_grads
 from lightning_mtl.types import Step
@@ -15,8 +15,7 @@ from lightning_mtl.types import Step
 class Features(TaskGradients):
     """The combination enters the encoder at the features.
 
-    Where these are tensors, the node is put there and autograd goes on by itself, with whatever hangs on the encoder's
-    backward; where they are edges of the graph, one nested backward goes on to the shared parameters.
+    The node is put there, and autograd goes on by itself, with whatever hangs on the encoder's backward.
     """
 
     heads: HeadGrads
@@ -27,13 +26,9 @@ class Features(TaskGradients):
         # One list of features for all tasks, or one per task that has samples of its own.
         self.common = all(task is step.roots[0] for task in step.roots)
         roots = [root for task in (step.roots[:1] if self.common else step.roots) for root in task]
-        self.roots = roots
-        tensors = [root for root in roots if isinstance(root, Tensor)]
-        self.outer = len(tensors) == len(roots)
-        self.inputs = [*(tensors if self.outer else step.shared), *step.shared_heads]
+        self.inputs = [*roots, *step.shared_heads]
 
     def take(self, scale: Tensor, *, apart: bool, keep: bool) -> list[Grads]:
-        self.keep = keep
         self.heads = head_grads(self.step, scale, apart=apart, keep=keep)
         return self.heads.private
 
@@ -56,5 +51,4 @@ class Features(TaskGradients):
                 for factor, grads in zip(factors, heads.roots, strict=True)
                 for grad in grads
             ]
-        back = seeds if self.outer else grad_of(self.roots, self.step.shared, seeds, keep=self.keep)
-        return [*back, *add_up(heads.shared_heads, factors, wide=wide)]
+        return [*seeds, *add_up(heads.shared_heads, factors, wide=wide)]

@@ -9,9 +9,9 @@ from itertools import pairwise
 from torch import Tensor
 
 from lightning_mtl.checks import bad_argument, shape
-from lightning_mtl.engine.differentiate import Grads, add_up, grad_of
+from lightning_mtl.engine.differentiate import Grads, add_up, grad_of, hooks_aside
 from lightning_mtl.engine.graph import entangled
-from lightning_mtl.types import Root, Step
+from lightning_mtl.types import Step
 
 
 @dataclass
@@ -38,7 +38,8 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool, keep: bool) -> HeadGra
         apart: whether private gradients are needed per task.
         keep: whether the heads' graph must survive.
 
-    Only nodes between the losses and the roots run, so the encoder's graph survives.
+    Only nodes between the losses and the roots run, so the encoder's graph survives; hooks of the roots wait for the
+    backward that goes on from there.
     Raises: ``ValueError`` if heads that read leaves reach what lies behind the roots by another way: that gradient
     would be lost.
     """
@@ -60,7 +61,8 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool, keep: bool) -> HeadGra
     num = len(step.losses)
     for task, (loss, seed) in enumerate(zip(step.losses, seeds, strict=True)):
         inputs = [*roots[task], *step.shared_heads, *step.private]
-        grads = _only_through_leaves([loss], inputs, behind, [seed], keep=keep or task < num - 1)
+        with hooks_aside(roots[task]):
+            grads = _only_through_leaves([loss], inputs, behind, [seed], keep=keep or task < num - 1)
         middle = width[task] + len(step.shared_heads)
         result.roots.append(grads[: width[task]])
         result.shared_heads.append(grads[width[task] : middle])
@@ -71,7 +73,7 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool, keep: bool) -> HeadGra
 
 
 def _only_through_leaves(
-    losses: Sequence[Tensor], inputs: Sequence[Root], behind: Sequence[Tensor], seeds: Sequence[Tensor], *, keep: bool
+    losses: Sequence[Tensor], inputs: Sequence[Tensor], behind: Sequence[Tensor], seeds: Sequence[Tensor], *, keep: bool
 ) -> Grads:
     # Asked for along with the rest, which costs nothing where the losses do not reach it.
     grads = grad_of(losses, [*inputs, *behind], seeds, keep=keep)
