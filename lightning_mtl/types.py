@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ class Step:
         leaves: per task, what its head read in place of ``roots``; ``None`` if heads read ``roots`` themselves.
         present: bool ``[T]``, which tasks have a label somewhere in the global batch; ``None`` means all.
         last_layer: the subset of ``shared`` at which a balancer with ``gram_at="last_layer"`` takes its gram.
+        find_layer: looks for it in the graph of a step, which may have left out a layer that others had.
         tables: the ``id`` of each parameter that waits for a sparse gradient, under several processes.
         layers: per tensor of ``shared`` and ``shared_heads`` the number of its layer, for balancers that work per
             layer.
@@ -42,6 +43,7 @@ class Step:
     last_layer: list[Tensor] | None = None
     layers: list[int] | None = None
     tables: frozenset[int] = frozenset()
+    find_layer: Callable[[Step], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

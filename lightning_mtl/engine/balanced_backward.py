@@ -114,11 +114,10 @@ class BalancedBackward:
         if len(losses) != len(self.names):
             losses = losses.view(-1, len(self.names)).sum(0)
         if balancer.due:
-            with self._inside():
-                gram = self.gradients.gram()
-            if balancer.grouped and gram.ndim == 2:
-                gram = gram[None]
-            total, losses = sum_gram(gram, losses, scale)
+            total, summed = self._gram(balancer, losses, scale)
+            if total is not None and self.gradients.layer is not None and self._looks_again(total):
+                total, summed = self._gram(balancer, losses, scale)
+            losses = summed
             present = self._with_a_gradient(total)
             exact = self.gradients.resolution
             weights = balancer.last_weights if total is None else balancer(total, losses, present, exact)
@@ -128,6 +127,27 @@ class BalancedBackward:
             shown = weights.mean(0) if weights.ndim == 2 else weights
             self.report(Balance(self.names, losses, shown, self._shown_gram(total), present))
         return weights, total
+
+    def _gram(self, balancer: GramBalancer, losses: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor]:
+        with self._inside():
+            gram = self.gradients.gram()
+        return sum_gram(gram[None] if balancer.grouped and gram.ndim == 2 else gram, losses, scale)
+
+    def _looks_again(self, gram: Tensor) -> bool:
+        """Where a task has no gradient at the layer that is looked at, see whether the step left it out.
+
+        The same on every rank, as the gram is.
+        """
+        missing = gram.numpy().diagonal(0, -2, -1).reshape(-1, len(self.names)).sum(0) == 0
+        present = self.step.present
+        if self.step.find_layer is None or not any(missing if present is None else missing & present.cpu().numpy()):
+            return False
+        layer = self.step.find_layer(self.step)
+        if {id(p) for p in layer} == {id(p) for p in self.gradients.layer or ()}:
+            return False
+        with self._inside():
+            self.gradients.look_at(layer)
+        return True
 
     def _with_a_gradient(self, gram: Tensor | None) -> Tensor | None:
         """Who is present, without the tasks whose gradient is exactly zero: they have nothing to say in this step.

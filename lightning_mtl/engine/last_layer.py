@@ -16,26 +16,35 @@ from lightning_mtl.types import Step
 def last_layer(
     step: Step, shared: Sequence[Tensor], model: Model, told: nn.Module | Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """Its parameters: of the layer that was told, or of the last module, in order of registration, that all reach.
+    """Its parameters, found once for each set of tasks that is present, and for these shared parameters.
 
-    Normalisation is passed over where there is another layer: the scales of a few channels say little of a task. Which
-    layer is taken depends on who is present, and is found once for each such set of tasks.
-
-    Raises: ``ValueError`` if the layer that was told is not shared, or no layer is reached by all present tasks.
+    Raises: as :func:`find_layer`.
     """
     there = None if step.present is None else tuple(step.present.tolist())
     key = (there, told is None, *(id(parameter) for parameter in shared))
     if key not in model.last_layers:
-        layers = _told(shared, model, told) if told is not None else _candidates(shared, model)
-        common = _common(step, shared)
-        fits = [any(id(p) in common for p in layer) for layer in layers]
-        # A layer must do on every rank; where a task has no labels here, another rank knows what it reaches.
-        fails = union_over_ranks([not fit for fit in fits], step.losses[0].device)
-        layers = [layer for layer, failed in zip(layers, fails, strict=True) if not failed]
-        if not layers:
-            raise _none(model, told)
-        model.last_layers[key] = layers[-1]
+        model.last_layers[key] = find_layer(step, shared, model, told)
     return model.last_layers[key]
+
+
+def find_layer(
+    step: Step, shared: Sequence[Tensor], model: Model, told: nn.Module | Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Of the layer that was told, or of the last module, in order of registration, that all losses of the step reach.
+
+    Normalisation is passed over where there is another layer: the scales of a few channels say little of a task.
+
+    Raises: ``ValueError`` if the layer that was told is not shared, or no layer is reached by all present tasks.
+    """
+    layers = _told(shared, model, told) if told is not None else _candidates(shared, model)
+    common = _common(step, shared)
+    fits = [any(id(p) in common for p in layer) for layer in layers]
+    # A layer must do on every rank; where a task has no labels here, another rank knows what it reaches.
+    fails = union_over_ranks([not fit for fit in fits], step.losses[0].device)
+    layers = [layer for layer, failed in zip(layers, fails, strict=True) if not failed]
+    if not layers:
+        raise _none(model, told)
+    return layers[-1]
 
 
 def _told(shared: Sequence[Tensor], model: Model, told: nn.Module | Sequence[Tensor]) -> list[list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from lightning_mtl.engine.step import Owned, found, make_step
 from lightning_mtl.types import Balance
 
 _WHO = "lightning_mtl.backward"
+
+#: What the losses of each balancer were found to share: it stays so where a task is absent.
+_met: WeakKeyDictionary[Balancer, list[Tensor]] = WeakKeyDictionary()
 
 
 def _check_of_one_kind(owned: Owned) -> None:
@@ -114,7 +118,9 @@ def backward(
         absent = zero_that_reaches(waiting, model.tables(), device)
     values, present = collect(losses, names, labelled, absent, _WHO, balancer, halves=halves)
     if not isinstance(balancer, LossBalancer):
+        model.met = _met.get(balancer, [])
         owned = found(values, len(names), model, features, shared)
+        _met[balancer] = model.met
         if level == "parameters" and (shared is None or shared == "all"):
             _check_of_one_kind(owned)
         known = {id(leaf) for leaf in (*owned.shared, *owned.shared_heads, *owned.between, *owned.private)}

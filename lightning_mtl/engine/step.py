@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_mtl.engine.collectives import union_over_ranks, world_size
 from lightning_mtl.engine.compiled import is_compiled
 from lightning_mtl.engine.features import given_tensors
 from lightning_mtl.engine.graph import discover, reached, reached_beside, siblings, upstream
-from lightning_mtl.engine.last_layer import last_layer
+from lightning_mtl.engine.last_layer import find_layer, last_layer
 from lightning_mtl.engine.model import Model
 from lightning_mtl.types import Step
 
@@ -132,7 +133,9 @@ def make_step(
     step.tables = model.tables() if world_size() > 1 else step.tables
     at_layer = isinstance(balancer, GramBalancer) and balancer.gram_at == "last_layer" and level == "parameters"
     if at_layer and owned.shared:
-        step.last_layer = last_layer(step, [*owned.shared, *owned.between], model, layer)
+        every = [*owned.shared, *owned.between]
+        step.last_layer = last_layer(step, every, model, layer)
+        step.find_layer = partial(find_layer, shared=every, model=model, told=layer)
     if isinstance(balancer, GramBalancer) and balancer.granularity == "layer" and model.modules:
         numbers = {id(p): n for n, module in enumerate(model.modules) for p in module.parameters(recurse=False)}
         # What no module owns is a layer of its own.

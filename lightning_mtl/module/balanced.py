@@ -171,6 +171,7 @@ class Balanced(_Base):
         no gradient, or part of the graph cannot be seen (reentrant checkpoint, whole-module compile).
         """
         core = core_of(self)
+        core.look()
         core.check_names(losses, labelled)
         device = next((loss.device for loss in losses.values() if isinstance(loss, Tensor)), self.device)
         values, present = collect(losses, core.names, labelled, core.absent_loss(device), self, halves=core.halves)

@@ -23,12 +23,18 @@ _PREFIX = "balancer."
 
 
 def save(module: Any, result: Any, checkpoint: dict[str, Any]) -> Any:
-    """Write down what is ours in a checkpoint: the tasks' order, the balancer, its places in each optimizer."""
+    """Write down what is ours in a checkpoint: the tasks' order, the balancer and its places in each optimizer.
+
+    And who was found shared: a resumed run may begin with a batch that does not show it.
+    """
     core = core_of(module)
     record: dict[str, Any] = {"tasks": list(core.names), **_signature_of(core.balancer)}
     trainer = module._trainer
     if trainer is not None and "optimizer_states" in checkpoint:
         record["optimizers"] = [places(optimizer, core.balancer) for optimizer in trainer.optimizers]
+    if core.model.met:
+        met = {id(parameter) for parameter in core.model.met}
+        record["shared"] = [name for name, parameter in module.named_parameters() if id(parameter) in met]
     complete(module, checkpoint, record)
     checkpoint[KEY] = record
     states = checkpoint.get("state_dict", {})
@@ -54,6 +60,8 @@ def load(module: Any, result: Any, checkpoint: dict[str, Any]) -> Any:
             names,
             "Declare the tasks in the saved order",
         )
+    known = dict(module.named_parameters())
+    core.model.met = [known[name] for name in record.get("shared", ()) if name in known]
     fresh = record.get("fresh", False)
     for part in ("state_dict", "current_model_state"):  # the second with a callback that averages weights
         if part in checkpoint:

@@ -58,7 +58,7 @@ class Core:
         #: Whether the state dict that comes next is known to be broken: it shall not pass as another balancer's.
         self.broken = False
         self._memory: dict[str, Any] = {}
-        self._remembered_in: object = None
+        self._seen: object = None
 
     @property
     def balancer(self) -> Balancer:
@@ -71,14 +71,20 @@ class Core:
         """Whether the balancer compares two halves of a batch."""
         return isinstance(self.balancer, GramBalancer) and self.balancer.halves
 
+    def look(self) -> None:
+        """At the beginning of a step: keep in mind what belongs to whom, unless something may have changed."""
+        trainer, now = self._trainer(), None
+        if trainer is not None and trainer.training:
+            groups = [tuple(map(id, group["params"])) for opt in trainer.optimizers for group in opt.param_groups]
+            now = id(trainer), trainer.current_epoch, groups
+        if now is None or now != self._seen:
+            self._memory.clear()
+        self._seen = now
+
     def remembered(self, name: str, make: Callable[[], _Made]) -> _Made:
-        """What walking all modules would find again in every step, kept until the next epoch or optimizer."""
-        now = self._now()
-        if now is None:
+        """What walking all modules would find again in every step, kept until the next epoch or parameter."""
+        if self._seen is None:
             return make()
-        if now != self._remembered_in:
-            self.forget()
-            self._remembered_in = now
         if name not in self._memory:
             self._memory[name] = make()
         made: _Made = self._memory[name]
@@ -86,16 +92,15 @@ class Core:
 
     def forget(self) -> None:
         """Look again at what belongs to whom: parameters may have come or gone."""
+        self._seen = None
         self._memory.clear()
 
-    def _now(self) -> object:
+    def _trainer(self) -> Any:
+        """That of the module, if there is one still."""
         trainer = self.owner._trainer
-        if trainer is None:
-            return None
         try:
-            groups = [(id(optimizer), len(optimizer.param_groups)) for optimizer in trainer.optimizers]
-            return id(trainer), trainer.current_epoch, groups
-        except ReferenceError:  # the module outlived its Trainer
+            return None if trainer is None or trainer.optimizers is None else trainer
+        except ReferenceError:  # the module outlived it
             return None
 
     def registered(self) -> list[nn.Parameter]:
@@ -105,10 +110,11 @@ class Core:
 
     def strangers(self) -> list[Tensor]:
         """What the optimizers of a fit train though no module has it, such as heads in a plain list."""
-        if self._now() is None:
+        trainer = self._trainer()
+        if trainer is None:
             return []
         known = {id(parameter) for parameter in self.owner.parameters()}
-        groups = [group for optimizer in self.owner._trainer.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         found = {id(p): p for group in groups for p in group["params"] if id(p) not in known}
         return list(found.values())
 

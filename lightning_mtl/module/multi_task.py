@@ -129,6 +129,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The balanced loss of a batch; its value is the objective, or the plain sum of the losses."""
+        core_of(self).look()
         apart = core_of(self).takes_gradients()
         halved = apart and core_of(self).halves
         results = self.__run(batch, apart=apart, halved=halved)

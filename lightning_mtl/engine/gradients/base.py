@@ -21,10 +21,12 @@ class TaskGradients(ABC):
     Attributes:
         inputs: what the combination is for; the autograd node hands it there, before the private parameters.
         resolution: the relative rounding of the numbers behind the gram, once that is taken.
+        layer: the one at which the gram is taken; ``None`` for all that is shared.
     """
 
     inputs: list[Tensor]
     resolution: float
+    layer: list[Tensor] | None = None
 
     def __init__(self, step: Step, balancer: GramBalancer | RowBalancer) -> None:
         self.step, self.balancer = step, balancer
@@ -44,6 +46,10 @@ class TaskGradients(ABC):
     @abstractmethod
     def gram(self) -> Tensor:
         """This rank's share of the gram, scale and all: float64 ``[T, T]``, ``[K, T, T]`` in groups."""
+
+    def look_at(self, layer: list[Tensor]) -> None:
+        """Take the gram at another layer: the last one is not a part of every forward."""
+        self.layer = layer
 
     @abstractmethod
     def combine(self, weights: Tensor, *, wide: bool) -> Grads:

@@ -22,6 +22,7 @@ class LastLayer(Features):
 
     def gram(self) -> Tensor:
         assert self.step.roots is not None
+        assert self.layer is not None
         rows = []
         for roots, read in zip(self.step.roots, self.heads.roots, strict=True):
             grads = grad_of(roots, self.layer, seeds_for(roots, read), keep=True)

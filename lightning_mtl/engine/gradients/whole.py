@@ -22,22 +22,26 @@ class Whole(TaskGradients):
     def __init__(self, step: Step, balancer: GramBalancer | RowBalancer) -> None:
         super().__init__(step, balancer)
         self.inputs = [*step.shared, *step.shared_heads]
-        self.layer = layer_of(step, balancer) if balancer.due else []
+        self.layer = layer_of(step, balancer) if balancer.due else None
 
     def take(self, scale: Tensor, *, apart: bool, keep: bool) -> list[Grads]:
         step, self.keep, self.scale = self.step, keep, scale
         own, seeds = step.private, [scale.to(loss) for loss in step.losses]
-        if not self.layer and not apart:
+        if self.layer is None and not apart:
             return [grad_of(step.losses, own, seeds, keep=True)]
-        self.rows: list[Grads] = []
-        private: list[Grads] = []
-        for loss, seed in zip(step.losses, seeds, strict=True):
-            grads = grad_of([loss], [*self.layer, *own], [seed], keep=True)
-            self.rows.append(grads[: len(self.layer)])
-            private.append(grads[len(self.layer) :])
+        layer = self.layer or []
+        every = [
+            grad_of([one], [*layer, *own], [seed], keep=True) for one, seed in zip(step.losses, seeds, strict=True)
+        ]
+        self.rows, private = [grads[: len(layer)] for grads in every], [grads[len(layer) :] for grads in every]
         return private if apart else [add_up(private)]
 
+    def look_at(self, layer: list[Tensor]) -> None:
+        self.rows = [grad_of([loss], layer, [self.scale.to(loss)], keep=True) for loss in self.step.losses]
+        self.layer = layer
+
     def gram(self) -> Tensor:
+        assert self.layer is not None
         parts = [
             [real(torch.zeros_like(p) if grad is None else grad) for grad, p in zip(row, self.layer, strict=True)]
             for row in self.rows
