@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.checks import bad_argument
+from lightning_mtl.engine.graph import is_graph
 from lightning_mtl.types import Step
 
 _TAG = "-several-backwards"
@@ -38,7 +39,7 @@ def several_backwards_allowed() -> bool:
 
 def is_compiled(tensor: Tensor) -> bool:
     """Whether the tensor is a direct output of a compiled graph."""
-    return "CompiledFunction" in type(tensor.grad_fn).__name__
+    return is_graph(type(tensor.grad_fn).__name__)
 
 
 def check_several_backwards(ends: Sequence[object], owner: object) -> None:

@@ -84,32 +84,62 @@ def discover(losses: Sequence[Tensor], owner: object = "lightning_mtl") -> Reach
     return Reach(list(shared.values()), list(private.values()))
 
 
-def siblings(losses: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether two tasks read different scalars of one node: all that lies behind it is then reached by both.
+#: Parts put together, of which a pick may take one out again.
+_JOINTS = {"CatBackward0", "StackBackward0"}
+#: Nodes of several inputs through which a loss keeps its entries apart.
+_ELEMENTWISE = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "WhereBackward0"}
 
-    Looked at is the part of the graph that holds scalars, and vectors of which one element was picked: several outputs
-    of a criterion, or a loss that was stacked with those of the other tasks and taken out again.
+
+def siblings(losses: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether two tasks read different parts of one node, with no parameter of their own in between.
+
+    All that lies behind it is then reached by both, heads included: several outputs of a criterion or of a compiled
+    model; scalars that were stacked; columns of a criterion over outputs that were put together. What is taken apart
+    again as it was, such as features, is not meant.
     """
     read: dict[Node, list[set[Any]]] = defaultdict(lambda: [set() for _ in losses])
     for task, parts in enumerate(losses):
-        stack: list[tuple[Any, int, int | None]] = [(*_edge(loss), None) for loss in parts]
+        # The last entry says whether the last node was a pick.
+        stack: list[tuple[Any, int, tuple[Any, ...], bool]] = [(*_edge(loss), (), False) for loss in parts]
         seen = set()
         while stack:
-            node, output, picked = edge = stack.pop()
+            node, output, picks, just = edge = stack.pop()
             if node is None or edge in seen or hasattr(node, "variable"):
                 continue
             seen.add(edge)
-            kind, sizes = type(node).__name__, len(node._input_metadata[output].shape)
-            if sizes > (picked is not None):
+            kind, ahead = type(node).__name__, [(n, number) for n, number in node.next_functions if n is not None]
+            scalar, pick = len(node._input_metadata[output].shape) == 0, _pick(kind, node, output)
+            if is_graph(kind):
+                read[node][task].add(output)
                 continue
-            if kind == "SelectBackward0":
-                picked = node._saved_index
-            elif kind == "UnbindBackward0":
-                picked = output
-            elif sizes == 0 or kind == "StackBackward0":
-                read[node][task].add(output if sizes == 0 else picked)
-            stack += [(child, number, picked) for child, number in node.next_functions]
-    return any(len({frozenset(outputs) for outputs in tasks if outputs}) > 1 for tasks in read.values())
+            if kind in _JOINTS:
+                ahead = [(n, number) for n, number in ahead if not len(n._input_metadata[number].shape)]
+                if picks and (ahead or not just):
+                    read[node][task].add(picks)
+            elif scalar:
+                if pick is None:
+                    read[node][task].add(output)
+            elif len(ahead) > 1 and (kind not in _ELEMENTWISE or any(hasattr(n, "variable") for n, _ in ahead)):
+                continue
+            picks = picks if pick is None else (*picks, pick)
+            stack += [(n, number, picks, pick is not None) for n, number in ahead]
+    return any(len({frozenset(each) for each in tasks if each}) > 1 for tasks in read.values())
+
+
+def _pick(kind: str, node: Any, output: int) -> Any:
+    """Which entries a node takes; ``None`` if all."""
+    if kind == "SelectBackward0":
+        return kind, node._saved_dim, node._saved_index
+    if kind == "SliceBackward0":
+        return kind, node._saved_dim, node._saved_start, node._saved_end
+    if kind.startswith(("Unbind", "Split")):
+        return kind, output
+    return node if kind.startswith(("Index", "Gather", "Take", "MaskedSelect")) else None
+
+
+def is_graph(kind: str) -> bool:
+    """Whether a node of this kind is a whole graph, compiled or scripted, with as many outputs as that has."""
+    return "CompiledFunction" in kind or kind == "CppFunction"
 
 
 def entangled(roots: Sequence[Tensor]) -> bool:

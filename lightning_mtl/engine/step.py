@@ -77,9 +77,9 @@ def found(
                 model.owner,
                 "losses",
                 "be apart in the graph where it shall tell who is shared",
-                "several outputs of one autograd node, or elements of one vector (stack, unbind, one criterion)",
-                "Pass each scalar as it was before it was stacked; or features=, the tensors that all heads read; or "
-                "shared=, the shared parameters",
+                "several outputs of one node (a criterion, a compiled model), or parts of one tensor (stack, cat)",
+                "Pass features=, the tensors that all heads read, or shared=, the shared parameters; or compute each "
+                "loss from its own head's output, and compile encoder and heads apart",
             )
         return _in_graph(whole, losses[0].device, model, complete=len(whole) == num_tasks)
     own = reached(whole, model.owner) if model.own is None else model.own
