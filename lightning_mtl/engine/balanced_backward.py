@@ -15,7 +15,7 @@ from lightning_mtl.engine.differentiate import Grads, add_up, hooks_aside, stack
 from lightning_mtl.engine.gradients import choose
 from lightning_mtl.engine.gradients.stored import Stored
 from lightning_mtl.engine.node import deposit
-from lightning_mtl.engine.recompute import forwards_leave_no_trace
+from lightning_mtl.engine.recompute import forwards_leave_no_trace, one_backward_only
 from lightning_mtl.linalg import cancels
 from lightning_mtl.linalg import gram as gram_of
 from lightning_mtl.types import Balance, Step
@@ -73,7 +73,18 @@ class BalancedBackward:
         """Gradients that are only on their way: no hook of a parameter sees them, and no module counts a forward."""
         step = self.step
         with hooks_aside([*step.shared, *step.shared_heads, *step.private]), forwards_leave_no_trace():
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if not one_backward_only(error):
+                    raise
+                raise bad_argument(
+                    self.balancer,
+                    "level",
+                    'be "features" where activations are checkpointed selectively, which allows one backward',
+                    "'parameters'",
+                    'Pass level="features" and features=, or leave context_fn= of checkpoint() out',
+                ) from error
 
     def _solve(self, scale: Tensor, keep: bool) -> Grads:
         apart = self.weight_heads or self.own_weights is not None

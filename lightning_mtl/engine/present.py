@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ def _shares(loss: TaskLoss, name: str, owner: object) -> Sequence[Tensor]:
         raise _bad_pair(name, loss, owner)
     found: list[Tensor] = []
     for part in parts:
-        value = torch.tensor(float(part)) if type(part) in (int, float) else part
+        value = torch.tensor(float(part)) if isinstance(part, Real) and not isinstance(part, bool) else part
         check_task_loss(value, name, owner)
         assert isinstance(value, Tensor)
         # A subclass (with labels, with meta data) has no use for them in a sum of losses.

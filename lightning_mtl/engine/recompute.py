@@ -46,3 +46,11 @@ def forwards_leave_no_trace() -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def one_backward_only(error: RuntimeError) -> bool:
+    """Whether an error comes from activations that are checkpointed selectively, as they are computed once more.
+
+    What stands aside of them is not computed under their rules, so that a copy of a buffer may be what is missed.
+    """
+    return "selective activation checkpoint" in str(error) or "not found in storage" in str(error)

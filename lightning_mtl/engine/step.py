@@ -151,7 +151,7 @@ def _chosen(shared: Iterable[Tensor] | str, losses: Sequence[Tensor], model: Mod
     told = list(shared) if isinstance(shared, Iterable) and not isinstance(shared, str | Tensor) else []
     if not told or not all(isinstance(parameter, Tensor) for parameter in told):
         raise bad_argument(
-            model.owner, "shared", 'be "all" or an iterable of parameters', repr(shared), "Pass encoder.parameters()"
+            model.owner, "shared", 'be "all" or an iterable of parameters', _brief(shared), "Pass encoder.parameters()"
         )
     told = list({id(p): p for p in told if p.requires_grad}.values())
     strange = _without(told, own)
@@ -190,7 +190,7 @@ def _behind_features(
     shared = behind if model.own is None else _among(own, behind)
     private = _without(own, shared)
     roots = upstream(features, owner) if features else []
-    inside = reached(roots, owner)
+    inside = behind if len(roots) == len(features) else reached(roots, owner)
     # The graph is cut at the features from which others are computed, unless another way leads around them, or one is
     # a parameter, which has nothing behind it. What lies between features is shared, too.
     around = _among(reached_beside(features, roots, owner), inside)
@@ -216,8 +216,8 @@ def _check_nothing_to_share(
         "features",
         "require grad",
         got,
-        "Pass the encoder's output as the heads read it, without detach() or no_grad(); for a frozen encoder leave "
-        "features out",
+        "Pass the encoder's output as the heads read it, without detach() or no_grad(); for a frozen encoder freeze "
+        "what no loss reaches too, or leave features out, at level 'parameters'",
     )
 
 
@@ -232,6 +232,10 @@ def _in_graph(losses: Sequence[Tensor], device: torch.device, model: Model, *, c
     now, earlier, absent = flags[: len(own)], flags[len(own) : -1], flags[-1]
     model.met = [p for p, a, b in zip(own, now, earlier, strict=True) if a or (b and absent)]
     return Owned(model.met, private=_without(own, model.met))
+
+
+def _brief(value: object) -> str:
+    return repr(value) if isinstance(value, str) else type(value).__name__
 
 
 def _among(parameters: Iterable[Tensor], chosen: Iterable[Tensor]) -> list[Tensor]:

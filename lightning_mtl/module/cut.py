@@ -46,17 +46,22 @@ def check_features_can_be_cut(parts: Sequence[Encoded], inputs: bool, owner: obj
         )
 
 
-def changes_in_place(error: RuntimeError) -> bool:
-    """Whether a head was about to overwrite the leaf that it reads."""
-    return "leaf Variable that requires grad" in str(error) and "in-place" in str(error)
+def needs_the_features(error: RuntimeError) -> bool:
+    """Whether a head failed because it reads leaves in place of the features.
+
+    It was about to overwrite them, or to differentiate by an input that lies behind them.
+    """
+    text = str(error)
+    in_place = "leaf Variable that requires grad" in text and "in-place" in text
+    return in_place or "appears to not have been used in the graph" in text
 
 
-def in_place_at_features(owner: object) -> Exception:
+def uncut_at_features(owner: object) -> Exception:
     """The refusal where every head needs leaves of its own."""
     return bad_argument(
         owner,
         "level",
-        'be "parameters" where a head changes the features in place',
+        'be "parameters" where a head changes the features in place, or differentiates by an input behind them',
         "'features'",
         'Pass level="parameters", or write nn.ReLU() instead of nn.ReLU(inplace=True) as the first layer of a head',
     )

@@ -16,12 +16,12 @@ from lightning_mtl.module.balanced import Balanced
 from lightning_mtl.module.batches import BatchForm, task_of_loader
 from lightning_mtl.module.core import core_of
 from lightning_mtl.module.cut import (
-    changes_in_place,
     check_features_can_be_cut,
     check_only_features,
-    in_place_at_features,
     inputs_behind,
     inputs_in_reach,
+    needs_the_features,
+    uncut_at_features,
 )
 from lightning_mtl.module.evaluation import EvaluationLog, log_training
 from lightning_mtl.module.optimizers import OptimizerFn, SchedulerFn, give_own_rate, groups_of, keep_ratio
@@ -115,7 +115,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         self.tasks = core_of(self).registry = registry
         # Mangled: the other names of the module belong to whoever subclasses it.
         self.__form = BatchForm(input_key, strict_targets, type(self).__name__)
-        self.__train_metrics, self.__in_place = train_metrics, False
+        self.__train_metrics, self.__uncut = train_metrics, False
         self.__logs = {stage: EvaluationLog(stage, len(registry)) for stage in ("val", "test")}
         self.__optimizer_fn, self.__scheduler_fn, self.__lr_interval = optimizer, lr_scheduler, lr_interval
         if type(self) is MultiTaskModule:
@@ -216,12 +216,12 @@ class MultiTaskModule(Balanced, pl.LightningModule):
         try:
             results = run_heads(parts, self.tasks, cut=cut, halved=halved)
         except RuntimeError as error:
-            if not cut or not changes_in_place(error):
+            if not cut or not needs_the_features(error):
                 raise
             if core_of(self).level == "features":
-                raise in_place_at_features(self) from error
+                raise uncut_at_features(self) from error
             # From now on heads read the features themselves, as with a plain sum.
-            cut, self.__in_place = False, True
+            cut, self.__uncut = False, True
             results = run_heads(parts, self.tasks, cut=False, halved=halved)
         if cut:
             # Here by name; another step may take another way, so every backward looks again.
@@ -238,7 +238,7 @@ class MultiTaskModule(Balanced, pl.LightningModule):
             return True
         hidden = core_of(self).remembered("inputs", lambda: inputs_behind(parts, own, self))
         tied = any(parameter.requires_grad for parameter in self.__declared().tied)
-        return not (inputs or hidden or tied or self.__in_place or any(part.unknown for part in parts))
+        return not (inputs or hidden or tied or self.__uncut or any(part.unknown for part in parts))
 
     def __step(self, results: dict[str, TaskResult], losses: list[Tensor], present: Tensor | None) -> Step:
         core = core_of(self)

@@ -69,6 +69,7 @@ def test_a_later_step_that_reads_the_encoder_beside_the_features_is_refused():
         tasks = {"a": RegressionTask(head), "b": RegressionTask(nn.Linear(6, 1))}
         model = MultiTaskModule(encoder, tasks, "pcgrad", level=level, weight_heads=apart)
         model._trainer = L.Trainer(logger=False, accelerator="cpu")
+        model._trainer.training = True
         batch = (features().repeat(1, 2), {"a": torch.ones(8), "b": torch.ones(8)})
         model.training_step(batch, 0).backward()
         head.later = True
