@@ -262,3 +262,55 @@ def test_an_existing_module_with_energy_and_forces():
     model = ExistingPotential()
     model.training_step(None, 0).backward()
     assert_update(model, model.losses(), list(model.parameters()))
+
+
+class ForcesLater(nn.Module):
+    """Hands on positions that can be differentiated from its second forward on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls, self.x = nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.x = x.detach().clone().requires_grad_() if self.calls > 1 else None
+        return self.net(x if self.x is None else self.x)
+
+
+class LaterForces(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+        self.__dict__["encoder"] = encoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        energy, x = self.linear(z), self.encoder.x
+        return energy.expand(-1, 3) if x is None else -gradient(energy, x)
+
+
+class LaterEnergy(nn.Linear):
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z).squeeze(1)
+
+
+def test_an_input_may_be_differentiated_from_some_batch_on():
+    torch.manual_seed(0)
+    encoder = ForcesLater()
+    heads = {"energy": LaterEnergy(8, 1), "forces": LaterForces(encoder)}
+    model = MultiTaskModule(encoder, {name: Task(head, F.mse_loss) for name, head in heads.items()}, "pcgrad")
+    for _ in range(3):
+        model.zero_grad()
+        model.training_step(BATCH, 0).backward()
+        z = encoder(POSITIONS) if encoder.calls > 1 else None
+    losses = [F.mse_loss(head(z), BATCH[1][name]) for name, head in heads.items()]
+    assert_update(model, losses, list(encoder.parameters()))
+
+
+def test_at_level_features_that_is_refused():
+    encoder = ForcesLater()
+    heads = {"energy": LaterEnergy(8, 1), "forces": LaterForces(encoder)}
+    tasks = {name: Task(head, F.mse_loss) for name, head in heads.items()}
+    model = MultiTaskModule(encoder, tasks, "pcgrad", level="features")
+    model.training_step(BATCH, 0).backward()
+    with pytest.raises(ValueError, match=r'`level` must be "parameters" where a head .* differentiates by an input'):
+        model.training_step(BATCH, 0)
