@@ -52,6 +52,44 @@ def test_a_hook_of_a_feature_runs_once_in_each_gradient(method, hook, inside, wa
     assert_right(net.parameters(), expected)
 
 
+class Reversing(nn.Linear):
+    """A head whose gradient arrives at the encoder turned round, as for an adversarial domain."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = z.view_as(z)
+        z.register_hook(HOOKS["reversed"])
+        return super().forward(z)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weight_heads", [False, True])
+@pytest.mark.parametrize("method", ["fixed", "pcgrad", "gradnorm"])
+def test_a_hook_inside_a_head(method, weight_heads, way):
+    net, balancer = a_net(), make(method)
+    net.heads["a"] = Reversing(4, 1).double()
+    losses, _ = net.losses()
+    options = {"weight_heads": weight_heads}
+    expected = by_hand(method, balancer, list(losses.values()), net.parameters(), net.shared(), **options)
+    train(way, net, balancer, **options)
+    assert_right(net.parameters(), expected)
+
+
+@pytest.mark.parametrize("level", ["parameters", "features"])
+@pytest.mark.parametrize("weight_heads", [False, True])
+def test_a_hook_of_what_a_declared_head_reads(weight_heads, level):
+    class OnItsInput(nn.Linear):
+        def forward(self, z: Tensor) -> Tensor:
+            z.register_hook(HOOKS["reversed"])
+            return super().forward(z)
+
+    net, plain = a_net(), a_net()
+    net.heads["a"], plain.heads["a"] = OnItsInput(4, 1).double(), Reversing(4, 1).double()
+    plain.heads["a"].load_state_dict(net.heads["a"].state_dict())
+    for one in (net, plain):
+        train("declared", one, make("mgda"), level, weight_heads=weight_heads)
+    assert_right(net.parameters(), [parameter.grad for parameter in plain.parameters()])
+
+
 @pytest.mark.parametrize("way", ["declared", "told", "loop_told"])
 def test_at_level_features_it_runs_on_the_way_into_the_encoder(way):
     net = a_net(Hooked(HOOKS["scaled"], False))

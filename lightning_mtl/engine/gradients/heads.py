@@ -61,7 +61,8 @@ def head_grads(step: Step, scale: Tensor, *, apart: bool, keep: bool) -> HeadGra
     num = len(step.losses)
     for task, (loss, seed) in enumerate(zip(step.losses, seeds, strict=True)):
         inputs = [*roots[task], *step.shared_heads, *step.private]
-        with hooks_aside(roots[task]):
+        # Leaves have no other backward in which theirs could run.
+        with hooks_aside(roots[task] if step.leaves is None else ()):
             grads = _only_through_leaves([loss], inputs, behind, [seed], keep=keep or task < num - 1)
         middle = width[task] + len(step.shared_heads)
         result.roots.append(grads[: width[task]])
