@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Step:
     present: Tensor | None = None
     last_layer: list[Tensor] | None = None
     layers: list[int] | None = None
-    tables: frozenset[int] = frozenset()
+    tables: Collection[int] = ()
     find_layer: Callable[[Step], list[Tensor]] | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,13 +159,13 @@ def _edge(tensor: Tensor) -> Edge:
     return tensor.grad_fn, tensor.output_nr
 
 
-def _leaves(tensors: Sequence[Tensor], owner: object, stop: Set[Edge] = frozenset()) -> dict[int, Tensor]:
+def _leaves(tensors: Sequence[Tensor], owner: object, stop: Collection[Edge] = ()) -> dict[int, Tensor]:
     nodes = _walk([edge for edge in map(_edge, tensors) if edge not in stop], owner, stop)
     return {id(node.variable): node.variable for node in nodes if hasattr(node, "variable")}
 
 
 def _walk(
-    edges: Sequence[Edge], owner: object, stop: Set[Edge] = frozenset(), crossed: set[Edge] | None = None
+    edges: Sequence[Edge], owner: object, stop: Collection[Edge] = (), crossed: set[Edge] | None = None
 ) -> dict[Node, None]:
     """All nodes from the edges on, in depth-first order, without what lies behind those in ``stop`` only."""
     seen: dict[Node, None] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -29,13 +29,13 @@ class Model:
     modules: Sequence[nn.Module] = ()
     met: list[Tensor] = field(default_factory=list)
     last_layers: dict[object, list[Tensor]] = field(default_factory=dict)
-    found_tables: frozenset[int] = frozenset()
+    found_tables: Collection[int] = ()
 
     def tables(self) -> frozenset[int]:
         """The ``id`` of each parameter of which DDP expects sparse gradients, by its own rule."""
         kinds = (nn.Embedding, nn.EmbeddingBag)
         known = frozenset(id(module.weight) for module in self.modules if isinstance(module, kinds) and module.sparse)
-        return known | self.found_tables
+        return known.union(self.found_tables)
 
     def named(self, parameters: Iterable[Tensor]) -> str:
         """The first few of them, for a message."""

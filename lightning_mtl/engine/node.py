@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ Solve = Callable[[Tensor, bool], Sequence[Tensor | None]]
 
 class _Deposit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, solve: Solve, value: Tensor, tables: frozenset[int], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, solve: Solve, value: Tensor, tables: Collection[int], *inputs: Tensor) -> Tensor:
         ctx.solve, ctx.inputs, ctx.device_type, ctx.keep = solve, inputs, value.device.type, True
         ctx.tables = tables
         return value.clone()
@@ -56,7 +56,7 @@ class _Deposit(torch.autograd.Function):
         return (None, None, None, *map(_like, grads, inputs))
 
 
-def _zeros(tensor: Tensor, tables: frozenset[int]) -> Tensor:
+def _zeros(tensor: Tensor, tables: Collection[int]) -> Tensor:
     if id(tensor) not in tables:
         return torch.zeros_like(tensor)
     nothing = torch.zeros(1, 0, dtype=torch.long, device=tensor.device)
@@ -98,7 +98,7 @@ def free_graph(loss: Tensor) -> None:
         nodes[0].keep = False
 
 
-def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve, tables: frozenset[int] = frozenset()) -> Tensor:
+def deposit(value: Tensor, inputs: Sequence[Tensor], solve: Solve, tables: Collection[int] = ()) -> Tensor:
     """A scalar equal to ``value`` whose gradients with respect to ``inputs`` are ``solve(scale)``.
 
     ``scale`` is the gradient that arrives at the scalar: a loss scale, divided by the number of accumulated batches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -119,7 +119,7 @@ def halves_to_global(means: Sequence[Tensor], counts: Sequence[Tensor | float]) 
     return shares, None if sure else there.any(0)
 
 
-def zero_that_reaches(parameters: Iterable[Tensor], tables: frozenset[int], device: torch.device) -> Tensor:
+def zero_that_reaches(parameters: Iterable[Tensor], tables: Collection[int], device: torch.device) -> Tensor:
     """A loss of 0 that gives each parameter a gradient of 0, for which DDP waits; a sparse one if it is a table."""
 
     def number(parameter: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ def single(run: Run) -> Run:
 
 def assert_parameters_equal(run: Run, together: Callable[[Run], Any], alone: Callable[[Run], Any]) -> None:
     one = alone(single(run))["network"]
-    assert max(distance(each["network"], one) for each in together(run)) <= BAR
+    worst = max(distance(each["network"], one) for each in together(run))
+    assert worst <= BAR, worst
 
 
 def assert_states_equal(

@@ -8,6 +8,7 @@ import torch
 from tests.distributed.equality import BAR, assert_parameters_equal, assert_states_equal, distance, single
 from tests.distributed.runs import Run
 from tests.nets import BALANCERS, GRAM_BALANCERS, LEVELS
+from tests.versions import has
 
 LABELS = ("one_rank", "nowhere", "uneven", "silent", "empty")
 EVERY_2 = ("pcgrad_every_2", "gradnorm_every_2")
@@ -54,7 +55,8 @@ RUNS = [
     *runs(PARAMETERS[2:], ["all", "single", "late", *LABELS], model="graph"),
     *runs(product(EVERY_2, ["parameters"]), ["single"], model="graph"),
     *runs(PARAMETERS[2:], ["one_rank"], model="graph", ddp="find_unused"),
-    *runs(LOSS_PAIRS, ["one_rank"], model="sharded"),
+    # On CPUs older versions shard a plain sum of losses wrongly, too.
+    *runs(LOSS_PAIRS if has("torch", "2.13") else [], ["one_rank"], model="sharded"),
     # Loops without a Trainer.
     *runs(PAIRS, do="loop"),
     *runs(GRAM_PAIRS, do="loop", accumulate=2, ddp="bucket_view"),

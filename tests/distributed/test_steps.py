@@ -10,11 +10,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tests.distributed.runs import Run
-from tests.distributed.steps import CASES, NAMES, Case
+from tests.distributed.steps import CASES as EVERY_CASE
+from tests.distributed.steps import NAMES, Case
 from tests.engine.by_hand import by_hand, make, numbers
+from tests.versions import has
 
 FOUND = ("Counts", "HalfWeights", "Absent", "Nowhere", "Constant", "OffHere", "Off", "Plain", "Said", "Depths")
+# Gloo of older versions adds up no complex numbers, with or without a balancer.
+CASES = {name: case for name, case in EVERY_CASE.items() if name != "Complex" or has("torch", "2.13")}
 LAYOUTS = ("Sparse", "SparseAbsent", "SparseNowhere", "Complex", "ChannelsLast")
+LAYOUTS = tuple(name for name in LAYOUTS if name in CASES)
 ZERO_IS_SAID = "The gradient of task 'b' is exactly zero"
 
 
