@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer
 from lightning_mtl.balancers.registry import BalancerSpec, resolve
-from lightning_mtl.checks import bad_argument, carried, check_choice, listed
+from lightning_mtl.checks import bad_argument, check_choice, listed
 from lightning_mtl.engine import LEVELS, Labelled, Owned, TaskLoss, collect, found
 from lightning_mtl.module.checkpoints import fit_balancer_state
 from lightning_mtl.module.core import ATTRIBUTE, Core, core_of
 from lightning_mtl.module.hyper_parameters import Unseen, keep_ours, without_modules, written
 from lightning_mtl.module.lifecycle import HOOKS, add_ours, with_ours
-from lightning_mtl.module.names import PUBLIC, arguments_of, check_class, check_module, constructor, replacement
+from lightning_mtl.module.names import (
+    PUBLIC,
+    arguments_of,
+    check_class,
+    check_module,
+    constructor,
+    has,
+    names_in_order,
+    replacement,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -111,19 +120,11 @@ class Balanced(_Base):
         # class by this name. It shall find what it would find without Balanced.
         __class__ = Unseen  # noqa: F841
         super(Balanced, self).__init__(*args, **kwargs, **(base_arguments or {}))  # noqa: UP008
-        names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else ()
-        if not names or not all(carried(name) for name in names) or len(set(names)) != len(names):
-            raise bad_argument(
-                self,
-                "tasks",
-                "be distinct, non-empty names",
-                repr(tasks),
-                "Name every task once",
-            )
+        names, main = names_in_order(tasks, "tasks", self), names_in_order(main_tasks, "main_tasks", self, some=False)
         check_choice(level, LEVELS, "level", self)
         if last_layer is not None and not isinstance(last_layer, nn.Module):
             raise bad_argument(self, "last_layer", "be a module", repr(last_layer), "Pass the layer itself", TypeError)
-        made = resolve(balancer, names, tuple(main_tasks))
+        made = resolve(balancer, names, main)
         made.check_level(level)
         check_module(self)
         given = {
@@ -131,13 +132,13 @@ class Balanced(_Base):
             "balancer": written(balancer, made),
             "level": level,
             "weight_heads": weight_heads,
-            "main_tasks": list(main_tasks),
+            "main_tasks": list(main),
         }
         visible, theirs = _is_ours(type(self).__init__), arguments_of(type(self), Balanced)
-        core = Core(self, names, tuple(main_tasks), level, weight_heads, last_layer, given, visible, theirs)
+        core = Core(self, names, main, level, weight_heads, last_layer, given, visible, theirs)
         self.__dict__.update({ATTRIBUTE: core, "last_balance": None})
         nn.Module.__setattr__(self, "balancer", made)
-        if not hasattr(self, "task_names"):  # a name that many classes have, and nothing here reads
+        if not has(self, "task_names"):  # a name that many classes have, and nothing here reads
             self.task_names = names
         keep_ours(self, base_arguments or {})
 
