@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +20,13 @@ from lightning_mtl.module.hyper_parameters import Unseen, keep_ours, without_mod
 from lightning_mtl.module.lifecycle import HOOKS, add_ours, with_ours
 from lightning_mtl.module.names import (
     PUBLIC,
+    ShownSignature,
     arguments_of,
     check_class,
     check_module,
     constructor,
     has,
+    may_be_written,
     names_in_order,
     replacement,
 )
@@ -82,6 +86,7 @@ class Balanced(_Base):
         PCGrad()
     """
 
+    __signature__ = ShownSignature(lambda cls: _shown(cls))
     __jit_ignored_attributes__ = ("balancer",)  # exported modules predict, and train no more
     if TYPE_CHECKING:  # torch.jit.script would read these
         balancer: Balancer
@@ -100,8 +105,8 @@ class Balanced(_Base):
                 TypeError,
             )
         add_ours(cls)
-        if _is_ours(cls.__init__):
-            cls.__init__ = constructor(cls, Balanced)  # type: ignore[method-assign]
+        if not may_be_written(cls):
+            _show_arguments(cls)
 
     def __init__(
         self,
@@ -116,6 +121,7 @@ class Balanced(_Base):
         **kwargs: Any,
     ) -> None:
         check_class(type(self), Balanced)
+        _show_arguments(type(self))
         # save_hyperparameters() of the next class looks at the arguments of every constructor on the way, and finds its
         # class by this name. It shall find what it would find without Balanced.
         __class__ = Unseen  # noqa: F841
@@ -205,3 +211,15 @@ class Balanced(_Base):
 def _is_ours(init: Any) -> bool:
     """Whether a class has no constructor before that of ``Balanced``."""
     return getattr(init, "__code__", None) is Balanced.__init__.__code__
+
+
+def _show_arguments(cls: type[Balanced]) -> None:
+    """Let a class without a constructor have one that shows the arguments of all classes behind it."""
+    if _is_ours(cls.__init__) and "__init__" not in vars(cls):
+        cls.__init__ = constructor(cls, Balanced)  # type: ignore[method-assign]
+
+
+def _shown(cls: type[Balanced]) -> inspect.Signature | None:
+    if cls is Balanced or not _is_ours(cls.__init__):
+        return None
+    return inspect.signature(partial(constructor(cls, Balanced), None))

@@ -37,7 +37,7 @@ def names_in_order(names: object, arg: str, owner: object, *, some: bool = True)
             'Pass a list, such as ["seg", "depth"], or sorted(names)',
         )
     several = isinstance(names, Iterable) and not isinstance(names, str | bytes)
-    found = tuple(names) if several else ()
+    found: tuple[Any, ...] = tuple(names) if isinstance(names, Iterable) and several else ()
     no_strings = [name for name in found if not isinstance(name, str)]
     if no_strings:
         cure = 'Write each name as a string, such as ["seg", "depth"]'
@@ -139,6 +139,32 @@ def constructor(cls: type, ours: type) -> Callable[..., None]:
     # A stable sort: positional arguments before those by name, **kwargs last.
     made.__signature__ = inspect.Signature([itself, *sorted([*mine, *theirs], key=lambda parameter: parameter.kind)])
     return made
+
+
+def may_be_written(cls: type) -> bool:
+    """Whether a decorator may still write the constructor of a class that was just made: its body declares fields.
+
+    ``dataclass`` and attrs leave a constructor alone that they find in the class.
+    """
+    annotated = {"__annotations__", "__annotate__", "__annotate_func__"} & vars(cls).keys()
+    return bool(annotated) or any(type(value).__name__ == "_CountingAttr" for value in vars(cls).values())
+
+
+class ShownSignature:
+    """The signature of a class, asked for only when somebody looks: its constructor may have been written since.
+
+    Args:
+        find: class -> signature, or ``None`` where that of its constructor is right.
+    """
+
+    def __init__(self, find: Callable[[Any], inspect.Signature | None]) -> None:
+        self.find = find
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        found = self.find(owner) if instance is None else None
+        if found is None:
+            raise AttributeError("__signature__")
+        return found
 
 
 def _behind(cls: type, ours: type) -> tuple[type, ...]:

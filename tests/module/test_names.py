@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from lightning_mtl import Balanced, MultiTaskModule
@@ -467,3 +469,63 @@ def test_the_plain_class_and_its_tools_read_the_plain_checkpoint(model, plain, t
     assert torch.equal(loaded.encoder.weight, made.encoder.weight)
     tool = type(twin)(**checkpoint.get("hyper_parameters", {}))  # as some read it
     tool.load_state_dict(checkpoint["state_dict"])
+
+
+# --- Decorators that write the constructor ----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Fields(Step, Balanced, Net):
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__init__(tasks=["a", "b"], balancer="pcgrad")
+
+
+@dataclass(eq=False)
+class MoreFields(Fields):
+    extra: int = 2
+
+
+def with_attrs(kind: str) -> type[Any]:
+    attr, attrs = pytest.importorskip("attr"), pytest.importorskip("attrs")
+    fields = {"annotated": None, "slots": attrs.field(default=0.1), "old style": attr.ib(0.1)}
+    decorators = {"annotated": attrs.define(eq=False, slots=False), "slots": attrs.define(eq=False)}
+
+    class Mine(Step, Balanced, Net):
+        if kind == "annotated":
+            rate: float = 0.1
+        else:
+            rate = fields[kind]
+
+        def __attrs_post_init__(self) -> None:
+            Balanced.__init__(self, tasks=["a", "b"], balancer="pcgrad")
+
+    return decorators.get(kind, attr.s(eq=False))(Mine)
+
+
+@pytest.mark.parametrize("cls", [Fields, MoreFields, "annotated", "slots", "old style"])
+def test_a_decorator_writes_the_constructor(cls):
+    cls = with_attrs(cls) if isinstance(cls, str) else cls
+    assert next(iter(inspect.signature(cls).parameters)) == "rate"
+    model = cls(rate=0.3)
+    assert (model.rate, type(model.balancer)) == (0.3, PCGrad)
+    trainer().fit(model)
+    assert model.last_balance is not None
+
+
+class Annotated(Step, Balanced, Sized):
+    """Fields that no decorator asks for."""
+
+    note: str = "mine"
+
+
+def test_annotations_alone_hide_no_argument(tmp_path):
+    arguments = list(inspect.signature(NoInit).parameters)
+    shown = inspect.signature(Annotated)
+    assert list(shown.parameters) == arguments
+    assert shown.parameters["rate"].annotation is float
+    assert set(ArgumentParser().add_class_arguments(Annotated)) == {*arguments, "depth"} - {"more"}
+    again, _ = through_a_checkpoint(Annotated(3, tasks=["a", "b"], balancer="pcgrad", rate=0.1), tmp_path)
+    assert (again.width, again.lr, type(again.balancer)) == (3, 0.1, PCGrad)
+    assert list(inspect.signature(Annotated.__init__).parameters)[1:] == arguments
