@@ -36,7 +36,7 @@ class Core:
         visible: whether these are arguments of the module's class too, which then has no constructor of its own.
         theirs: the names of the arguments that other classes of the module take.
         registry: what holds the tasks where they are declared.
-        checkpoint: that which a fit resumes, until its optimizers are known.
+        checkpoint: that which a fit resumes, until its optimizers are known; empty as long as one may come.
     """
 
     owner: Any

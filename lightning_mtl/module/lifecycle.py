@@ -36,6 +36,7 @@ class Lifecycle(pl.Callback):
             return
         core.check_tasks()
         if stage == "fit":
+            core.checkpoint = {}  # one may come
             several = not isinstance(core.balancer, LossBalancer)
             check_trainer(trainer, pl_module, compares_gradients=several)
             if several:
@@ -44,9 +45,9 @@ class Lifecycle(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers are known now, and their states not loaded yet."""
         core = _core(pl_module)
-        if core is not None and core.checkpoint is not None:
+        if core is not None and core.checkpoint:
             adapt(core.checkpoint, trainer, core.balancer, pl_module)
-            core.checkpoint = None
+        _forget_checkpoint(core)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first time after the module's own ``on_fit_start``, which may still add parameters to an optimizer."""
@@ -94,6 +95,14 @@ class Lifecycle(pl.Callback):
         if core is not None:
             core.forget()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """A finder of Lightning's loads a checkpoint, and leaves before the fit starts."""
+        _forget_checkpoint(_core(pl_module))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """So does a fit that breaks off."""
+        _forget_checkpoint(_core(pl_module))
+
     def _start(self, step: int) -> None:
         self._step, self._present = step, []
 
@@ -101,6 +110,11 @@ class Lifecycle(pl.Callback):
 def _core(pl_module: pl.LightningModule) -> Core | None:
     """A Trainer that fitted a balanced module may go on with another kind."""
     return vars(pl_module).get(ATTRIBUTE)
+
+
+def _forget_checkpoint(core: Core | None) -> None:
+    if core is not None:
+        core.checkpoint = None
 
 
 def _warn_if_alone(present: Sequence[Tensor | None], core: Core) -> bool:
