@@ -26,6 +26,7 @@ from lightning_mtl.module.names import (
     check_module,
     constructor,
     has,
+    is_lightning_module,
     may_be_written,
     names_in_order,
     replacement,
@@ -94,8 +95,8 @@ class Balanced(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        order = [base.__name__ for base in cls.__mro__]
-        if "LightningModule" in order and order.index("LightningModule") < order.index("Balanced"):
+        before = cls.__mro__[: cls.__mro__.index(Balanced)]
+        if any(is_lightning_module(base) for base in before):
             raise bad_argument(
                 cls.__name__,
                 "bases",

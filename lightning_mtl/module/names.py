@@ -48,6 +48,12 @@ def names_in_order(names: object, arg: str, owner: object, *, some: bool = True)
     return found
 
 
+def is_lightning_module(cls: type) -> bool:
+    """Whether a class is Lightning's own: of ``lightning`` or ``pytorch_lightning``, not one that is called the same."""
+    package = cls.__module__.partition(".")[0]
+    return cls.__name__ == "LightningModule" and package in ("lightning", "pytorch_lightning")
+
+
 def check_class(cls: type, ours: type) -> None:
     """No other class may have the public names: one of the two would be called in place of the other.
 
