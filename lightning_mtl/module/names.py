@@ -49,7 +49,7 @@ def names_in_order(names: object, arg: str, owner: object, *, some: bool = True)
 
 
 def is_lightning_module(cls: type) -> bool:
-    """Whether a class is Lightning's own: of ``lightning`` or ``pytorch_lightning``, not one that is called the same."""
+    """Whether a class is Lightning's own, of ``lightning`` or ``pytorch_lightning``, not another of its name."""
     package = cls.__module__.partition(".")[0]
     return cls.__name__ == "LightningModule" and package in ("lightning", "pytorch_lightning")
 
