@@ -37,7 +37,7 @@ class BatchForm:
         keys = (input_key,) if isinstance(input_key, str) else input_key
         if not isinstance(keys, Sequence) or not keys or not all(isinstance(key, str) for key in keys):
             raise bad_argument(
-                owner, "input_key", "be a string, or several", repr(input_key), "Name the key of the input", TypeError
+                owner, "input_key", "be a string, or several", repr(input_key), "Name the key, or list them", TypeError
             )
         self.keys, self.by_name, self.strict, self.owner = tuple(keys), not isinstance(input_key, str), strict, owner
 

@@ -40,8 +40,9 @@ def names_in_order(names: object, arg: str, owner: object, *, some: bool = True)
     found: tuple[Any, ...] = tuple(names) if isinstance(names, Iterable) and several else ()
     no_strings = [name for name in found if not isinstance(name, str)]
     if no_strings:
-        cure = 'Write each name as a string, such as ["seg", "depth"]'
-        raise bad_argument(owner, arg, "be strings", listed(no_strings), cure)
+        raise bad_argument(
+            owner, arg, "be strings", listed(no_strings), 'Write each name as a string, such as ["seg", "depth"]'
+        )
     fine = several and (found or not some) and all(carried(name) for name in found)
     if not fine or len(set(found)) != len(found):
         raise bad_argument(owner, arg, "be distinct, non-empty names", repr(names), "Name every task once, in a list")
@@ -166,11 +167,8 @@ class ShownSignature:
     def __init__(self, find: Callable[[Any], inspect.Signature | None]) -> None:
         self.find = find
 
-    def __get__(self, instance: object, owner: type) -> inspect.Signature:
-        found = self.find(owner) if instance is None else None
-        if found is None:
-            raise AttributeError("__signature__")
-        return found
+    def __get__(self, instance: object, owner: type) -> inspect.Signature | None:
+        return self.find(owner) if instance is None else None
 
 
 def _behind(cls: type, ours: type) -> tuple[type, ...]:
