@@ -216,8 +216,8 @@ def _check_nothing_to_share(
         "features",
         "require grad",
         got,
-        "Pass the encoder's output as the heads read it, without detach() or no_grad(); for a frozen encoder freeze "
-        "what no loss reaches too, or leave features out, at level 'parameters'",
+        "Pass the encoder's output as the heads read it, without detach() or no_grad(); for a frozen encoder leave "
+        "features out, at level 'parameters', or freeze what no loss reaches too",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +12,25 @@ from torch import Tensor, nn
 
 from lightning_mtl.balancers.base import Balancer
 from lightning_mtl.balancers.registry import BalancerSpec, resolve
-from lightning_mtl.checks import bad_argument, carried, check_choice, listed
+from lightning_mtl.checks import bad_argument, check_choice, listed
 from lightning_mtl.engine import LEVELS, Labelled, Owned, TaskLoss, collect, found
 from lightning_mtl.module.checkpoints import fit_balancer_state
 from lightning_mtl.module.core import ATTRIBUTE, Core, core_of
 from lightning_mtl.module.hyper_parameters import Unseen, keep_ours, without_modules, written
 from lightning_mtl.module.lifecycle import HOOKS, add_ours, with_ours
-from lightning_mtl.module.names import PUBLIC, arguments_of, check_class, check_module, constructor, replacement
+from lightning_mtl.module.names import (
+    PUBLIC,
+    ShownSignature,
+    arguments_of,
+    check_class,
+    check_module,
+    constructor,
+    has,
+    is_lightning_module,
+    may_be_written,
+    names_in_order,
+    replacement,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -73,6 +87,7 @@ class Balanced(_Base):
         PCGrad()
     """
 
+    __signature__ = ShownSignature(lambda cls: _shown(cls))
     __jit_ignored_attributes__ = ("balancer",)  # exported modules predict, and train no more
     if TYPE_CHECKING:  # torch.jit.script would read these
         balancer: Balancer
@@ -80,8 +95,8 @@ class Balanced(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        order = [base.__name__ for base in cls.__mro__]
-        if "LightningModule" in order and order.index("LightningModule") < order.index("Balanced"):
+        before = cls.__mro__[: cls.__mro__.index(Balanced)]
+        if any(is_lightning_module(base) for base in before):
             raise bad_argument(
                 cls.__name__,
                 "bases",
@@ -91,8 +106,8 @@ class Balanced(_Base):
                 TypeError,
             )
         add_ours(cls)
-        if _is_ours(cls.__init__):
-            cls.__init__ = constructor(cls, Balanced)  # type: ignore[method-assign]
+        if not may_be_written(cls):
+            _show_arguments(cls)
 
     def __init__(
         self,
@@ -107,23 +122,16 @@ class Balanced(_Base):
         **kwargs: Any,
     ) -> None:
         check_class(type(self), Balanced)
+        _show_arguments(type(self))
         # save_hyperparameters() of the next class looks at the arguments of every constructor on the way, and finds its
         # class by this name. It shall find what it would find without Balanced.
         __class__ = Unseen  # noqa: F841
         super(Balanced, self).__init__(*args, **kwargs, **(base_arguments or {}))  # noqa: UP008
-        names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else ()
-        if not names or not all(carried(name) for name in names) or len(set(names)) != len(names):
-            raise bad_argument(
-                self,
-                "tasks",
-                "be distinct, non-empty names",
-                repr(tasks),
-                "Name every task once",
-            )
+        names, main = names_in_order(tasks, "tasks", self), names_in_order(main_tasks, "main_tasks", self, some=False)
         check_choice(level, LEVELS, "level", self)
         if last_layer is not None and not isinstance(last_layer, nn.Module):
             raise bad_argument(self, "last_layer", "be a module", repr(last_layer), "Pass the layer itself", TypeError)
-        made = resolve(balancer, names, tuple(main_tasks))
+        made = resolve(balancer, names, main)
         made.check_level(level)
         check_module(self)
         given = {
@@ -131,13 +139,13 @@ class Balanced(_Base):
             "balancer": written(balancer, made),
             "level": level,
             "weight_heads": weight_heads,
-            "main_tasks": list(main_tasks),
+            "main_tasks": list(main),
         }
         visible, theirs = _is_ours(type(self).__init__), arguments_of(type(self), Balanced)
-        core = Core(self, names, tuple(main_tasks), level, weight_heads, last_layer, given, visible, theirs)
+        core = Core(self, names, main, level, weight_heads, last_layer, given, visible, theirs)
         self.__dict__.update({ATTRIBUTE: core, "last_balance": None})
         nn.Module.__setattr__(self, "balancer", made)
-        if not hasattr(self, "task_names"):  # a name that many classes have, and nothing here reads
+        if not has(self, "task_names"):  # a name that many classes have, and nothing here reads
             self.task_names = names
         keep_ours(self, base_arguments or {})
 
@@ -205,3 +213,15 @@ class Balanced(_Base):
 def _is_ours(init: Any) -> bool:
     """Whether a class has no constructor before that of ``Balanced``."""
     return getattr(init, "__code__", None) is Balanced.__init__.__code__
+
+
+def _show_arguments(cls: type[Balanced]) -> None:
+    """Let a class without a constructor have one that shows the arguments of all classes behind it."""
+    if _is_ours(cls.__init__) and "__init__" not in vars(cls):
+        cls.__init__ = constructor(cls, Balanced)  # type: ignore[method-assign]
+
+
+def _shown(cls: type[Balanced]) -> inspect.Signature | None:
+    if cls is Balanced or not _is_ours(cls.__init__):
+        return None
+    return inspect.signature(partial(constructor(cls, Balanced), None))

@@ -37,7 +37,7 @@ class BatchForm:
         keys = (input_key,) if isinstance(input_key, str) else input_key
         if not isinstance(keys, Sequence) or not keys or not all(isinstance(key, str) for key in keys):
             raise bad_argument(
-                owner, "input_key", "be a string, or several", repr(input_key), "Name the key of the input", TypeError
+                owner, "input_key", "be a string, or several", repr(input_key), "Name the key, or list them", TypeError
             )
         self.keys, self.by_name, self.strict, self.owner = tuple(keys), not isinstance(input_key, str), strict, owner
 
@@ -54,7 +54,7 @@ class BatchForm:
             return found
         # The one element that a TensorDataset of inputs gives.
         single = type(batch) in (tuple, list) and len(batch) == 1
-        return [Group(batch[0] if single else batch, {}, tasks.names)]
+        return [Group(batch[0] if single else batch, {}, tasks.names if dataloader is None else (dataloader,))]
 
     def groups_of(self, batch: Any, tasks: TaskRegistry, dataloader: str | None = None) -> list[Group]:
         """Take a batch with targets apart.
@@ -62,7 +62,7 @@ class BatchForm:
         Args:
             batch: see ``MultiTaskModule``.
             tasks: the registry.
-            dataloader: the task whose own loader the batch ``(input, target)`` comes from.
+            dataloader: the task whose own loader the batch comes from.
 
         Raises: ``TypeError`` if the batch has none of the forms; ``ValueError`` if a name is wrong.
         """
@@ -71,7 +71,7 @@ class BatchForm:
             self._check_targets(batch[1], tasks, used)
         found = self._split(batch, tasks, dataloader, used)
         if found is None:
-            found = self.inputs_of(batch, tasks)
+            found = self.inputs_of(batch, tasks, dataloader)
             if not _need_no_target(tasks, found[0].inputs):
                 raise self._no_form(batch, tasks)
         return found
@@ -80,19 +80,38 @@ class BatchForm:
         self, batch: Any, tasks: TaskRegistry, dataloader: str | None, used: set[str | None]
     ) -> list[Group] | None:
         if dataloader is not None:
-            return [_own(batch, dataloader, tasks)]
+            if not self._has_input(batch):
+                return None
+            return [self._own(batch, dataloader, tasks)]
         if isinstance(batch, Mapping):
             if self.keys[0] in batch:
-                several = {key: batch[key] for key in self.keys if key in batch}
-                return [Group(several if self.by_name else batch[self.keys[0]], batch, tasks.names)]
-            if batch and set(batch) <= set(tasks) and all(value is None or _is_own(value) for value in batch.values()):
-                return [_own(value, name, tasks) for name, value in batch.items() if value is not None]
+                return [Group(self._input_in(batch), batch, tasks.names)]
+            there = {name: value for name, value in batch.items() if value is not None}
+            if batch and set(batch) <= set(tasks) and all(self._has_input(value) for value in there.values()):
+                return [self._own(value, name, tasks) for name, value in there.items()]
         elif _has_mapping(batch):
             inputs, targets = batch
             # A mapping without any target is a part of the input, such as meta data.
             if not self.strict or not targets or not used.isdisjoint(targets):
                 return [Group(inputs, targets, tasks.names)]
         return None
+
+    def _has_input(self, value: Any) -> bool:
+        """Whether this is a batch of a task's own loader."""
+        return _is_own(value) or (isinstance(value, Mapping) and self.keys[0] in value)
+
+    def _input_in(self, batch: Mapping[str, Any]) -> Any:
+        return {key: batch[key] for key in self.keys if key in batch} if self.by_name else batch[self.keys[0]]
+
+    def _own(self, batch: Any, name: str, tasks: TaskRegistry) -> Group:
+        """The batch of a task's own loader: input and target, the input alone, or a mapping that holds them."""
+        if isinstance(batch, Mapping):
+            return Group(self._input_in(batch), batch, (name,))
+        inputs, *rest = batch
+        if not rest:
+            return Group(inputs, {}, (name,))
+        target = rest[0]
+        return Group(inputs, target if isinstance(target, Mapping) else {tasks[name].target or name: target}, (name,))
 
     def _check_targets(self, targets: Mapping[str, Any], tasks: TaskRegistry, used: set[str | None]) -> None:
         unknown = [key for key in targets if key not in used]
@@ -115,20 +134,22 @@ class BatchForm:
                 "Name each loader after its task, or pass input_key=",
             )
         if isinstance(batch, Mapping):
-            return bad_argument(
-                self.owner,
-                "batch",
-                f"hold the input under {self.keys[0]!r}",
-                listed(batch),
-                "Pass input_key= with its key",
-            )
+            for name, value in batch.items():
+                if name in tasks and isinstance(value, Mapping) and self.keys[0] not in value:
+                    return self._no_input(value, f"batch of '{name}'")
+            return self._no_input(batch, "batch")
         return bad_argument(
             self.owner,
             "batch",
-            "be (input, {task: target}), a mapping with the input and the targets, or {task: (input, target)}",
+            "be (input, {task: target}), a mapping with the input and the targets, or one of these per task",
             _describe(batch),
             "Change the dataset or its collate function",
             TypeError,
+        )
+
+    def _no_input(self, batch: Mapping[str, Any], arg: str) -> Exception:
+        return bad_argument(
+            self.owner, arg, f"hold the input under {self.keys[0]!r}", listed(batch), "Pass input_key= with its key"
         )
 
 
@@ -141,25 +162,22 @@ def task_of_loader(loaders: Any, batch: Any, index: int, tasks: TaskRegistry) ->
         index: number of the loader, where they are run one after another.
         tasks: the registry.
     """
-    if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks) or not _is_own(batch):
+    if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks):
         return None
-    if len(loaders) == 1 and isinstance(batch[-1], Mapping):
+    name = str(list(loaders)[index])
+    if isinstance(batch, Mapping):
+        of_tasks = set(batch) <= set(tasks)
+        # One loader under a task's name may still be there for all tasks.
+        return None if of_tasks or (len(loaders) == 1 and _used(tasks, but=name) & batch.keys()) else name
+    if not _is_own(batch) or (len(loaders) == 1 and isinstance(batch[-1], Mapping)):
         return None
-    return str(list(loaders)[index])
+    return name
 
 
-def _own(batch: Any, name: str, tasks: TaskRegistry) -> Group:
-    """The batch of a task's own loader: input and target, or the input alone."""
-    inputs, *rest = batch
-    if not rest:
-        return Group(inputs, {}, (name,))
-    target = rest[0]
-    return Group(inputs, target if isinstance(target, Mapping) else {tasks[name].target or name: target}, (name,))
-
-
-def _used(tasks: TaskRegistry) -> set[str | None]:
-    """The keys under which tasks look for target and mask."""
-    return {task.target or name for name, task in tasks.items()} | {task.mask for _, task in tasks.items()}
+def _used(tasks: TaskRegistry, but: str | None = None) -> set[str | None]:
+    """The keys under which tasks, but one of them, look for target and mask."""
+    found = [(task.target or name, task.mask) for name, task in tasks.items() if name != but]
+    return {key for keys in found for key in keys}
 
 
 def _need_no_target(tasks: TaskRegistry, inputs: Any) -> bool:

@@ -67,7 +67,7 @@ def load(module: Any, result: Any, checkpoint: dict[str, Any]) -> Any:
         if part in checkpoint:
             fresh = not fit_balancer_state(module, checkpoint[part], "", record) or fresh
     checkpoint[KEY] = {**record, **_signature_of(core.balancer), "fresh": fresh}
-    if module._trainer is not None and module._trainer.state.fn == "fit":
+    if core.checkpoint is not None:  # a fit is about to start, which will not ask for it again
         core.checkpoint = checkpoint
     return result
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancers.base import Balancer, GramBalancer, LossBalancer
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.engine import Model, Owned, balanced_loss, make_step, reached, world_size, zero_that_reaches
+from lightning_mtl.module.trainer_checks import check_fit
 from lightning_mtl.types import Balance, Step
 
 #: The one private attribute of a balanced module.
@@ -36,7 +37,7 @@ class Core:
         visible: whether these are arguments of the module's class too, which then has no constructor of its own.
         theirs: the names of the arguments that other classes of the module take.
         registry: what holds the tasks where they are declared.
-        checkpoint: that which a fit resumes, until its optimizers are known.
+        checkpoint: that which a fit resumes, until its optimizers are known; empty as long as one may come.
     """
 
     owner: Any
@@ -57,6 +58,9 @@ class Core:
         self.last_present: tuple[Tensor | None] | None = None
         #: Whether the state dict that comes next is known to be broken: it shall not pass as another balancer's.
         self.broken = False
+        #: Where ``Lifecycle`` runs, and for which balancer there the Trainer is known to be right.
+        self.heard: int | None = None
+        self.checked: tuple[int, Balancer] | None = None
         self._memory: dict[str, Any] = {}
         self._seen: object = None
 
@@ -151,6 +155,7 @@ class Core:
 
     def loss(self, step: Step) -> Tensor:
         """The scalar that ``training_step`` returns."""
+        check_fit(self)
         if self.takes_gradients():
             self.last_present = (step.present,)
         return balanced_loss(

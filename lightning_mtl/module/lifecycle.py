@@ -8,16 +8,21 @@ from functools import partial, wraps
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_mtl.balancers.base import LossBalancer
 from lightning_mtl.callbacks.balance_monitor import BalanceMonitor
 from lightning_mtl.callbacks.show_metrics import ShowMetrics
+from lightning_mtl.compat import is_named
 from lightning_mtl.engine import allow_several_backwards, free_graph
 from lightning_mtl.module.checkpoints import load, save
 from lightning_mtl.module.core import ATTRIBUTE, Core
 from lightning_mtl.module.optimizer_states import adapt
-from lightning_mtl.module.trainer_checks import check_optimizers, check_trainer
+from lightning_mtl.module.trainer_checks import check_optimizers, check_trainer, warn_if_left_out
+
+#: Lightning's callbacks that average all parameters of a module.
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class Lifecycle(pl.Callback):
@@ -25,6 +30,11 @@ class Lifecycle(pl.Callback):
 
     def __init__(self) -> None:
         self._warned, self._step = False, 0
+        # The epoch in which it was last asked whether every parameter is trained, and whether one is not.
+        self._epoch: int | None = None
+        self._left_out = False
+        # What the balancer learned, where a callback averages all parameters.
+        self._averaged, self._learned = False, list[tuple[Tensor, Tensor]]()
         self._last: tuple[Tensor | None] | None = None
         # Who is present in each batch that an optimizer step accumulates.
         self._present: list[Tensor | None] = []
@@ -35,7 +45,9 @@ class Lifecycle(pl.Callback):
         if core is None:
             return
         core.check_tasks()
+        core.heard = id(pl_module._trainer)
         if stage == "fit":
+            core.checkpoint = {}  # one may come
             several = not isinstance(core.balancer, LossBalancer)
             check_trainer(trainer, pl_module, compares_gradients=several)
             if several:
@@ -44,15 +56,16 @@ class Lifecycle(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers are known now, and their states not loaded yet."""
         core = _core(pl_module)
-        if core is not None and core.checkpoint is not None:
+        if core is not None and core.checkpoint:
             adapt(core.checkpoint, trainer, core.balancer, pl_module)
-            core.checkpoint = None
+        _forget_checkpoint(core)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first time after the module's own ``on_fit_start``, which may still add parameters to an optimizer."""
         core = _core(pl_module)
         if core is not None:
             check_optimizers(trainer, core.balancer, core.strangers(), pl_module)
+            core.checked = (id(pl_module._trainer), core.balancer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The same where there is no sanity check."""
@@ -61,6 +74,20 @@ class Lifecycle(pl.Callback):
         if core is not None:
             core.forget()
             self._start(trainer.global_step)
+            self._epoch, self._left_out, self._learned = None, False, []
+            self._averaged = any(is_named(each, *_AVERAGING) for each in cast(Any, trainer).callbacks)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The first of an epoch: whoever thaws something has done so, and added it to an optimizer."""
+        if _only_forward(trainer):
+            self._put_back()
+        if trainer.current_epoch == self._epoch or self._left_out:
+            return
+        self._epoch, core = trainer.current_epoch, _core(pl_module)
+        if core is not None and _makes_optimizers(pl_module):
+            self._left_out = warn_if_left_out(trainer, pl_module, core.balancer)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The whole loss is known now, and with it whether the graph may be freed on the way."""
@@ -71,8 +98,10 @@ class Lifecycle(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See whether a method that compares gradients ever meets two of them."""
+        """Keep what is learned, and see whether a method that compares gradients ever meets two of them."""
         core = _core(pl_module)
+        if core is not None and self._averaged and not _only_forward(trainer):
+            self._learned = [(each, each.detach().clone()) for each in core.balancer.parameters()]
         if core is None or self._warned:
             return
         if core.last_present is not None and core.last_present is not self._last:
@@ -88,11 +117,34 @@ class Lifecycle(pl.Callback):
         if core is not None:
             core.balancer.end_epoch()
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A callback that averages weights has put the average into the module."""
+        self._put_back()
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold nothing on to what may change now."""
+        self._put_back()
+        self._learned = []
         core = _core(pl_module)
         if core is not None:
             core.forget()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """A finder of Lightning's loads a checkpoint, and leaves before the fit starts."""
+        core = _core(pl_module)
+        _forget_checkpoint(core)
+        if core is not None:
+            core.heard = core.checked = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """So does a fit that breaks off."""
+        _forget_checkpoint(_core(pl_module))
+
+    def _put_back(self) -> None:
+        """What a balancer learned is its state, and no part of the model that is averaged."""
+        with torch.no_grad():
+            for parameter, value in self._learned:
+                parameter.copy_(value)
 
     def _start(self, step: int) -> None:
         self._step, self._present = step, []
@@ -101,6 +153,22 @@ class Lifecycle(pl.Callback):
 def _core(pl_module: pl.LightningModule) -> Core | None:
     """A Trainer that fitted a balanced module may go on with another kind."""
     return vars(pl_module).get(ATTRIBUTE)
+
+
+def _makes_optimizers(pl_module: pl.LightningModule) -> bool:
+    """Whether the optimizers are this package's, and not of a class or a command line of the user's."""
+    made = type(pl_module).configure_optimizers
+    return made.__module__.startswith("lightning_mtl.") and "configure_optimizers" not in vars(pl_module)
+
+
+def _only_forward(trainer: pl.Trainer) -> bool:
+    """Whether this is the epoch in which SWA computes batch norm anew."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
+def _forget_checkpoint(core: Core | None) -> None:
+    if core is not None:
+        core.checkpoint = None
 
 
 def _warn_if_alone(present: Sequence[Tensor | None], core: Core) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, MappingView, Reversible, Set
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -12,13 +12,47 @@ from torch import nn
 
 from lightning_mtl.balancers.base import Balancer
 from lightning_mtl.balancers.registry import described, resolve
-from lightning_mtl.checks import bad_argument
+from lightning_mtl.checks import bad_argument, carried, listed
 from lightning_mtl.module.core import ATTRIBUTE
 
 #: What a balanced module has for its user. Everything else of this package is behind one private attribute.
 PUBLIC = ("balance", "balancer", "last_balance", "own_parameters")
 _OTHERWISE = "if it belongs to a class that you cannot edit, make an object of that class a submodule"
 _BUILT = 'if it is meant to say which balancer, write super().__init__(tasks=[...], balancer="...")'
+
+
+def names_in_order(names: object, arg: str, owner: object, *, some: bool = True) -> tuple[str, ...]:
+    """Task names as given, in an order that is the same in every process; ``some``: at least one.
+
+    Raises: ``ValueError`` if one is no string, empty or there twice, or if they have no order that lasts.
+    """
+    # What has an order can be reversed, but for some views of mappings.
+    unordered = isinstance(names, Set) and not isinstance(names, Reversible | MappingView)
+    if unordered or isinstance(names, Iterator):
+        raise bad_argument(
+            owner,
+            arg,
+            "have a fixed order, the same in every process and whenever it is read",
+            type(names).__name__,
+            'Pass a list, such as ["seg", "depth"], or sorted(names)',
+        )
+    several = isinstance(names, Iterable) and not isinstance(names, str | bytes)
+    found: tuple[Any, ...] = tuple(names) if isinstance(names, Iterable) and several else ()
+    no_strings = [name for name in found if not isinstance(name, str)]
+    if no_strings:
+        raise bad_argument(
+            owner, arg, "be strings", listed(no_strings), 'Write each name as a string, such as ["seg", "depth"]'
+        )
+    fine = several and (found or not some) and all(carried(name) for name in found)
+    if not fine or len(set(found)) != len(found):
+        raise bad_argument(owner, arg, "be distinct, non-empty names", repr(names), "Name every task once, in a list")
+    return found
+
+
+def is_lightning_module(cls: type) -> bool:
+    """Whether a class is Lightning's own, of ``lightning`` or ``pytorch_lightning``, not another of its name."""
+    package = cls.__module__.partition(".")[0]
+    return cls.__name__ == "LightningModule" and package in ("lightning", "pytorch_lightning")
 
 
 def check_class(cls: type, ours: type) -> None:
@@ -46,6 +80,19 @@ def check_module(module: nn.Module) -> None:
     for name in PUBLIC:
         if any(name in held for held in (vars(module), module._modules, module._parameters, module._buffers)):
             raise taken(type(module).__name__, name, "one of the module's own")
+
+
+def has(module: nn.Module, name: str) -> bool:
+    """Whether a module has an attribute, without reading it: a property may need what comes later (a Trainer)."""
+    held = (vars(module), module._modules, module._parameters, module._buffers)
+    if any(name in each for each in held) or any(name in vars(cls) for cls in type(module).__mro__):
+        return True
+    if type(module).__getattr__ is nn.Module.__getattr__:
+        return False
+    try:  # a class that hands on to another object
+        return hasattr(module, name)
+    except Exception:
+        return True
 
 
 def replacement(module: nn.Module, name: str, value: object) -> Balancer:
@@ -99,6 +146,29 @@ def constructor(cls: type, ours: type) -> Callable[..., None]:
     # A stable sort: positional arguments before those by name, **kwargs last.
     made.__signature__ = inspect.Signature([itself, *sorted([*mine, *theirs], key=lambda parameter: parameter.kind)])
     return made
+
+
+def may_be_written(cls: type) -> bool:
+    """Whether a decorator may still write the constructor of a class that was just made: its body declares fields.
+
+    ``dataclass`` and attrs leave a constructor alone that they find in the class.
+    """
+    annotated = {"__annotations__", "__annotate__", "__annotate_func__"} & vars(cls).keys()
+    return bool(annotated) or any(type(value).__name__ == "_CountingAttr" for value in vars(cls).values())
+
+
+class ShownSignature:
+    """The signature of a class, asked for only when somebody looks: its constructor may have been written since.
+
+    Args:
+        find: class -> signature, or ``None`` where that of its constructor is right.
+    """
+
+    def __init__(self, find: Callable[[Any], inspect.Signature | None]) -> None:
+        self.find = find
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature | None:
+        return self.find(owner) if instance is None else None
 
 
 def _behind(cls: type, ours: type) -> tuple[type, ...]:

@@ -42,7 +42,10 @@ def give_own_rate(optimizer: Optimizer, learned: Sequence[Tensor]) -> dict[str, 
 
 
 def keep_ratio(scheduler: Scheduler, optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Where a scheduler has set one rate for all groups (OneCycleLR, CyclicLR), restore the ratio of this one."""
+    """Where a scheduler has set one rate for all groups (OneCycleLR, CyclicLR), restore the ratio of this one.
+
+    A scheduler does not keep whether it was given one rate, or a list of equal ones.
+    """
     place = next(n for n, each in enumerate(optimizer.param_groups) if each is group)
     other = 0 if place else 1
     common = optimizer.param_groups[other].get("initial_lr") if len(optimizer.param_groups) > 1 else None

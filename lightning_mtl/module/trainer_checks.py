@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_mtl.balancers.base import LossBalancer
 from lightning_mtl.checks import bad_argument, listed
 from lightning_mtl.compat import is_named
 
@@ -88,7 +90,8 @@ def check_optimizers(trainer: Any, balancer: nn.Module, strangers: Sequence[Tens
             "configure_optimizers",
             "put the balancer's parameters into a parameter group",
             f"none for {listed(forgotten)} of {type(balancer).__name__}",
-            'Add {"params": self.balancer.parameters(), "weight_decay": 0.0} to the optimizer\'s parameter groups',
+            'Add {"params": self.balancer.parameters(), "weight_decay": 0.0} to the optimizer\'s parameter groups, or '
+            "build it with lr=, where it has this argument",
         )
     if not strangers or trainer.world_size == 1 or is_sharded(trainer.strategy):
         return
@@ -100,3 +103,66 @@ def check_optimizers(trainer: Any, balancer: nn.Module, strangers: Sequence[Tens
         f"one of shape {list(parameter.shape)} that no module has, in parameter group {place} of optimizer {number}",
         "Hold it as nn.Parameter, or its layer in an nn.ModuleList, as an attribute of the module",
     )
+
+
+def check_fit(core: Any) -> None:
+    """At a balanced step: what ``Lifecycle`` checks before the first, if it does not run or the balancer is new.
+
+    Raises: as :func:`check_trainer` and :func:`check_optimizers`.
+    """
+    trainer, balancer = core.owner._trainer, core.balancer
+    if trainer is None:
+        return
+    here = id(trainer)
+    if core.checked is not None and core.checked[0] == here and core.checked[1] is balancer:
+        return
+    try:
+        state = trainer.state
+        if state.fn != "fit" or state.status != "running" or not trainer.training:
+            return
+    except ReferenceError:  # the module outlived its Trainer
+        return
+    heard = core.heard == here
+    if not heard:
+        check_trainer(trainer, core.owner, compares_gradients=not isinstance(balancer, LossBalancer))
+    check_optimizers(trainer, balancer, (), core.owner)
+    core.checked = (here, balancer)
+    if not heard:
+        _warn_unheard(trainer, core.owner, balancer)
+
+
+def _warn_unheard(trainer: Any, owner: object, balancer: object) -> None:
+    who, outer = type(owner).__name__, trainer.lightning_module
+    if outer is owner:
+        why = "the callback that it brings does not run in this fit"
+        cure = (
+            "Pass lightning_mtl.module.lifecycle.Lifecycle() to Trainer(callbacks=...), or override "
+            "configure_callbacks in the class instead of replacing it afterwards."
+        )
+    else:
+        why, name = f"the Trainer fits {type(outer).__name__}, of which it is a part", type(outer).__name__
+        cure = (
+            f"Fit {who} itself, or balance where the Trainer looks: write class {name}(Balanced, LightningModule), and "
+            "return self.balance(losses) from its training_step."
+        )
+    rank_zero_warn(
+        f"{who}: {why}, so {type(balancer).__name__} does not hear when an epoch ends, nothing is logged of it, and "
+        f"checkpoints say nothing of it. {cure}"
+    )
+
+
+def warn_if_left_out(trainer: Any, module: nn.Module, balancer: nn.Module) -> bool:
+    """Say so where a parameter can be trained and no optimizer has it; the balancer's are looked at elsewhere."""
+    known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    known |= {id(p) for p in balancer.parameters()}
+    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
+    if not left_out or is_sharded(trainer.strategy):  # which trains others in their place
+        return False
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    rank_zero_warn(
+        f"{type(module).__name__}: {listed(left_out[:3])}{more} can be trained, but no optimizer has it, so it stays "
+        "as it is: it was frozen, or not there, when the optimizer was made. Unfreeze it before the fit, or in a "
+        "callback that adds a parameter group (BaseFinetuning.unfreeze_and_add_param_group), or write a "
+        "configure_optimizers that has it."
+    )
+    return True

@@ -72,7 +72,7 @@ def _check(unreduced: Tensor, names: Sequence[str], mask: Tensor | None, weights
         isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
     )
     if not several or not names or len(set(names)) != len(names):
-        raise bad_argument(_WHO, "names", "be distinct task names", repr(names), "Name every column once")
+        raise bad_argument(_WHO, "names", "be distinct task names", repr(names), "Name every column once, in a list")
     floating = isinstance(unreduced, Tensor) and unreduced.is_floating_point()
     if not floating or unreduced.ndim != 2 or unreduced.shape[1] != len(names):
         raise bad_argument(

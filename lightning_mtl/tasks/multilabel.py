@@ -175,6 +175,6 @@ def _label_names(num_labels: int | Sequence[str]) -> list[str]:
             "num_labels",
             "be an integer >= 1 or distinct label names",
             repr(num_labels),
-            "Name every label once",
+            "Pass their number, or a list that names every label once",
         )
     return names

@@ -22,8 +22,9 @@ class TaskRegistry(nn.Module):
     begins with a percent sign.
 
     Raises: ``ValueError`` if a name is empty, stands twice or is "loss" (or begins with "loss/"), which would make two
-    meanings of a log key, as would a task "a" with a metric "b/c" beside a task "a/b" with a metric "c"; and if two
-    tasks share one head by mistake; ``TypeError`` if a value is not a task.
+    meanings of a log key, as would a task "a" with a metric "b/c" beside a task "a/b" with a metric "c"; and if a task
+    or a whole head stands there twice. Heads may have a layer, or a matrix of the encoder, in common. ``TypeError`` if
+    a value is not a task.
 
     Example:
         >>> from torch import nn
@@ -82,9 +83,9 @@ class TaskRegistry(nn.Module):
                     f"{name!r}, of which {listed(both)} is also a metric of {other!r}",
                     "Rename the task or the metric",
                 )
-            common = {id(p) for p in known.parameters()} & {id(p) for p in task.parameters()}
+            same = _contains(task.head, known.head) or _contains(known.head, task.head)
             meant = getattr(task, "shares_head", False) and getattr(known, "shares_head", False)
-            if task is known or (common and not meant):
+            if task is known or (same and not meant):
                 raise bad_argument(
                     self,
                     f"tasks['{name}']",
@@ -143,6 +144,12 @@ class TaskRegistry(nn.Module):
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+
+def _contains(head: nn.Module, other: nn.Module) -> bool:
+    """Whether one is the other or has it inside. To have a layer or a tied matrix in common is another matter."""
+    trained = any(True for _ in other.parameters())
+    return trained and any(module is other for module in head.modules())
 
 
 def _common_keys(*named: tuple[str, Task]) -> list[str]:

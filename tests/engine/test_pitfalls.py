@@ -209,6 +209,23 @@ def test_a_class_attribute_named_balancer_is_refused():
 def test_balanced_after_lightning_module_is_refused():
     with pytest.raises(TypeError, match="before the LightningModule"):
         type("Wrong", (L.LightningModule, Balanced), {})
+    with pytest.raises(TypeError, match="before the LightningModule"):
+        type("Wrong", (type("Mine", (L.LightningModule,), {}), Balanced), {})
+
+
+def test_another_class_may_be_called_lightning_module():
+    class LightningModule(Balanced, L.LightningModule):
+        """As Lightning's own is called."""
+
+    mixin = type("LightningModule", (), {})
+    for cls in (
+        LightningModule,
+        type("Mine", (LightningModule,), {}),
+        type("Mine", (mixin, Balanced, L.LightningModule), {}),
+    ):
+        assert cls(tasks=["a", "b"]).task_names == ("a", "b")
+    with pytest.raises(TypeError, match="before the LightningModule"):
+        type("Balanced", (type("LightningModule", (L.LightningModule,), {}), Balanced), {})
 
 
 def test_a_balancer_of_no_family_is_refused():

@@ -136,6 +136,15 @@ def test_rates_per_group_given_to_a_scheduler_hold():
         scheduler.step()
 
 
+def test_equal_rates_in_a_list_are_one_rate_and_joined_groups_have_it():
+    both = lambda groups: SGD(groups, lr=LR)  # noqa: E731
+    joined = lambda groups: SGD([p for group in groups for p in group["params"]], lr=LR)  # noqa: E731
+    schedule = lambda o: schedulers.OneCycleLR(o, max_lr=[0.1] * len(o.param_groups), total_steps=10)  # noqa: E731
+    for optimizer, ratio in ((both, 10), (joined, 1)):
+        found = rates(made(optimizer, schedule)[0])
+        assert found[-1] == pytest.approx(ratio * found[0])
+
+
 def test_a_plateau_keeps_the_ratio():
     optimizer, scheduler = made(
         lambda groups: SGD(groups, lr=LR), lambda o: schedulers.ReduceLROnPlateau(o, factor=0.1, patience=0)

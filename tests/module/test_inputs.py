@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mtl import MultiTaskModule
@@ -142,6 +144,91 @@ def test_with_a_loader_per_task_each_task_has_its_own(targets):
 
 def test_an_exhausted_loader_has_no_prediction():
     assert list(model().predict_step({"kind": (X, TARGETS["kind"]), "size": None}, 0)) == ["kind"]
+
+
+# One loader per task, whose batches are mappings.
+
+
+def per_task(key: str = "input", cls: Any = dict) -> dict[str, Any]:
+    """Samples and target of each task, of different numbers of samples."""
+    xs = {name: X[: 4 + place] + place for place, name in enumerate(TARGETS)}
+    return {name: cls({key: x, name: TARGETS[name][: len(x)], "id": x}) for name, x in xs.items()}
+
+
+def in_tuples(batch: dict[str, Any], key: str = "input") -> dict[str, Any]:
+    return {name: (own[key], own[name]) for name, own in batch.items()}
+
+
+@pytest.mark.parametrize("key, cls", [("input", dict), ("image", dict), ("image", UserDict)])
+@pytest.mark.parametrize("balancer", ["fixed", "pcgrad", "gradnorm"])
+def test_mappings_per_task_train_as_tuples_do(balancer, key, cls):
+    batch = per_task(key, cls)
+    steps = []
+    for given in (batch, in_tuples(batch, key)):
+        torch.manual_seed(0)
+        module = model(balancer=balancer, input_key=key)
+        loaders = {name: DataLoader([own] * 2, batch_size=None) for name, own in given.items()}
+        trainer().fit(module, loaders)
+        steps.append([parameter.detach() for parameter in module.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "min_size", "max_size"])
+def test_mappings_per_task_are_evaluated_and_predicted_as_tuples(mode):
+    module, found = model(), []
+    for given in (per_task(), in_tuples(per_task())):
+        loaders = {name: DataLoader([own] * (1 + n), batch_size=None) for n, (name, own) in enumerate(given.items())}
+        combined = loaders if mode == "sequential" else CombinedLoader(loaders, mode)
+        logged = trainer().validate(module, combined, verbose=False)
+        # Lightning predicts from one loader after the other only.
+        predicted = trainer().predict(module, loaders) if mode == "sequential" else module.predict_step(given, 0)
+        found.append((logged, predicted))
+    (one, outputs), (other, expected) = found
+    assert one == other
+    assert {"val/loss", *(f"val/loss/{name}" for name in TARGETS)} <= {key for each in one for key in each}
+    assert not any("dataloader_idx" in key for each in one for key in each)
+    leaves = zip(tree_leaves(outputs), tree_leaves(expected), strict=True)
+    assert all(torch.equal(a, b) for a, b in leaves)
+
+
+def test_mappings_per_task_by_name():
+    batch = texts()
+    inputs = {key: batch[key] for key in KEYS}
+    own = {"kind": {**inputs, "labels": batch["labels"]}, "score": {**inputs, "score": batch["score"]}}
+    assert bert().training_step(own, 0).item() == pytest.approx(bert().training_step(batch, 0).item())
+    loaders = {name: DataLoader([each], batch_size=None) for name, each in own.items()}
+    direct = bert()(batch)
+    for found, name in zip(trainer().predict(bert(), loaders), own, strict=True):
+        assert list(found[0]) == [name]
+    torch.testing.assert_close(found[0]["score"], direct["score"])
+
+
+def test_an_exhausted_loader_of_mappings():
+    batch = per_task()
+    module, last = model(), list(batch)[-1]
+    assert list(module.predict_step({**batch, last: None}, 0)) == list(batch)[:-1]
+
+
+def test_one_loader_of_mappings_under_a_tasks_name():
+    """It is that task's, unless it has the targets of others."""
+    module, (name, *_) = model(), TARGETS
+    own, every = {"input": X, name: TARGETS[name]}, {"input": X, **TARGETS}
+    for batch, tasks in ((own, {name}), (every, set(TARGETS))):
+        loader = {name: DataLoader([batch], batch_size=None)}
+        (logged,) = trainer().validate(module, loader, verbose=False)
+        assert {key.removeprefix("val/loss/") for key in logged if key.startswith("val/loss/")} == tasks
+        assert set(trainer().predict(module, loader)[0]) == tasks
+
+
+def test_the_input_of_a_task_is_named_where_it_is_missing():
+    batch = per_task("image")
+    with pytest.raises(
+        ValueError, match=r"`batch of 'kind'` must hold the input under 'input', got 'image', 'kind', 'id'"
+    ):
+        model().training_step(batch, 0)
+    loaders = {name: DataLoader([own], batch_size=None) for name, own in batch.items()}
+    with pytest.raises(ValueError, match=r"`batch` must hold the input under 'input', got 'image', 'kind', 'id'"):
+        trainer().validate(model(), loaders, verbose=False)
 
 
 # What needs no target.

@@ -5,13 +5,14 @@ Each run has a hook of the user's somewhere; the oracle is the run without it.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from lightning_mtl import Balanced
 from lightning_mtl.balancers import DWA, PCGrad
 from lightning_mtl.callbacks import BalanceMonitor
+from lightning_mtl.module.core import core_of
 from tests.module.written import Net, Plain, Step, batches, made
 from tests.nets import trainer
+from tests.versions import TENSORS_ONLY
 
 DTP = {"class_path": "dtp", "init_args": {"metric": "error"}}
 STCH = {"class_path": "stch", "init_args": {"warmup_epochs": 1}}
@@ -341,3 +344,51 @@ def test_the_cure_for_one_task_per_batch(mode):
     model = made(Both, PCGrad)
     trainer(max_epochs=1).fit(model, loaders if mode is None else CombinedLoader(loaders, mode))
     assert model.last_balance.gram is not None
+
+
+# --- Nothing is kept of a checkpoint ----------------------------------------------------------------------------------
+
+
+class AtEveryEpoch(LearningRateFinder):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.lr_find(trainer, pl_module)
+
+
+def find_rate(model: Any, folder: Any) -> None:
+    Tuner(trainer()).lr_find(model, num_training=6, update_attr=False, early_stop_threshold=None)
+
+
+def find_size(model: Any, folder: Any) -> None:
+    options = {"steps_per_trial": 2, "max_trials": 1, "init_val": 2}
+    Tuner(trainer()).scale_batch_size(model, batch_arg_name="batch_size", **options)
+
+
+def find_rate_in_a_fit(model: Any, folder: Any) -> None:
+    options = {"num_training_steps": 6, "early_stop_threshold": None, "update_attr": False}
+    trainer(callbacks=[AtEveryEpoch(**options)]).fit(model)
+
+
+class Refuses(Callback):
+    def on_fit_start(self, *args: Any) -> None:
+        raise ZeroDivisionError
+
+
+def break_off(model: Any, folder: Any) -> None:
+    go = trainer()
+    go.fit(model)
+    go.save_checkpoint(folder / "a.ckpt")
+    with pytest.raises(ZeroDivisionError):
+        trainer(max_epochs=2, callbacks=[Refuses()]).fit(model, ckpt_path=folder / "a.ckpt", **TENSORS_ONLY)
+
+
+@pytest.mark.parametrize("go", [find_rate, find_size, find_rate_in_a_fit, break_off])
+@pytest.mark.filterwarnings("ignore:The `LightningModule.lr` or")
+def test_no_checkpoint_is_kept(go, tmp_path):
+    model = made()
+    model.wide = nn.Linear(100, 100)
+    before = len(pickle.dumps(model))
+    go(model, tmp_path)
+    assert core_of(model).checkpoint is None
+    assert len(pickle.dumps(model)) < before + 10_000
+    trainer().fit(model)
+    assert core_of(model).checkpoint is None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from lightning_mtl import Balanced, MultiTaskModule
@@ -200,6 +204,46 @@ def test_a_balancer_may_be_replaced_by_another():
         trainer().fit(model)
 
 
+def _late(self: Any) -> Any:
+    return self.trainer.datamodule.names
+
+
+class HandsOn(Net):
+    """What it has not, another object has."""
+
+    def __getattr__(self, name: str) -> Any:
+        return "mine" if name == "task_names" else super().__getattr__(name)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        property(lambda self: self._names),
+        property(lambda self: self.net.names),
+        property(_late),
+        property(lambda self: ("mine",)),
+        cached_property(_late),
+        ("mine",),
+        None,
+    ],
+    ids=["early", "no module yet", "no trainer yet", "read only", "cached", "value", "none"],
+)
+@pytest.mark.parametrize("behind", [True, False], ids=["base", "class itself"])
+def test_task_names_of_another_class_are_neither_read_nor_replaced(held, behind):
+    if isinstance(held, cached_property):
+        held.__set_name__(Net, "task_names")
+    others = {"task_names": held}
+    model = made(
+        type("Mine", (Step, Balanced, type("Base", (Net,), others)), {}) if behind else type("Mine", (Plain,), others)
+    )
+    assert inspect.getattr_static(model, "task_names") is held
+    trainer().fit(model)
+
+
+def test_task_names_that_another_object_has():
+    assert made(type("Mine", (Step, Balanced, HandsOn), {})).task_names == "mine"
+
+
 def test_names_of_multi_task_module_are_its_users():
     class Mine(MultiTaskModule):
         def _step(self) -> str:
@@ -211,6 +255,44 @@ def test_names_of_multi_task_module_are_its_users():
     mine.level = mine.last_layer = mine.weight_heads = mine.task_names = "mine"
     trainer().fit(mine, loader(16))
     assert mine.level == mine.last_layer == mine._step() == "mine"
+
+
+# --- Names of tasks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arg", ["tasks", "main_tasks"])
+@pytest.mark.parametrize(
+    "names",
+    [{"a", "b"}, frozenset({"a", "b"}), {"a": 0}.keys() | {"b"}, iter(["a", "b"]), (name for name in "ab")],
+    ids=lambda names: type(names).__name__,
+)
+def test_names_without_a_lasting_order_are_refused(names, arg):
+    with pytest.raises(ValueError, match=rf"^Plain: `{arg}` must have a fixed order, .* got {type(names).__name__}\."):
+        Plain(**{"tasks": ["a", "b"], arg: names})
+
+
+@pytest.mark.parametrize("names", [[0, 1], (0, "b"), range(2), [None], [b"a", b"b"]], ids=str)
+def test_names_that_are_no_strings_are_refused_as_such(names):
+    with pytest.raises(ValueError, match=r"^Plain: `tasks` must be strings, got .*Write each name as a string"):
+        Plain(tasks=names)
+
+
+@pytest.mark.parametrize("names", ["a", None, ["a", "a"], [""]], ids=str)
+def test_main_tasks_are_names_too(names):
+    with pytest.raises(ValueError, match=r"^Plain: `main_tasks` must be distinct, non-empty names"):
+        Plain(tasks=["a", "b"], main_tasks=names)
+
+
+ORDERED = {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a", "b"), ORDERED, ORDERED.keys(), nn.ModuleDict({"a": nn.Identity(), "b": nn.Identity()}).keys(), deque("ab")],
+    ids=lambda names: type(names).__name__,
+)
+def test_names_in_an_order_are_taken(names):
+    assert Plain(tasks=names, main_tasks=names).task_names == ("a", "b")
 
 
 # --- Arguments and hyper-parameters ----------------------------------------------------------------------------------
@@ -387,3 +469,63 @@ def test_the_plain_class_and_its_tools_read_the_plain_checkpoint(model, plain, t
     assert torch.equal(loaded.encoder.weight, made.encoder.weight)
     tool = type(twin)(**checkpoint.get("hyper_parameters", {}))  # as some read it
     tool.load_state_dict(checkpoint["state_dict"])
+
+
+# --- Decorators that write the constructor ----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Fields(Step, Balanced, Net):
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__init__(tasks=["a", "b"], balancer="pcgrad")
+
+
+@dataclass(eq=False)
+class MoreFields(Fields):
+    extra: int = 2
+
+
+def with_attrs(kind: str) -> type[Any]:
+    attr, attrs = pytest.importorskip("attr"), pytest.importorskip("attrs")
+    fields = {"annotated": None, "slots": attrs.field(default=0.1), "old style": attr.ib(0.1)}
+    decorators = {"annotated": attrs.define(eq=False, slots=False), "slots": attrs.define(eq=False)}
+
+    class Mine(Step, Balanced, Net):
+        if kind == "annotated":
+            rate: float = 0.1
+        else:
+            rate = fields[kind]
+
+        def __attrs_post_init__(self) -> None:
+            Balanced.__init__(self, tasks=["a", "b"], balancer="pcgrad")
+
+    return decorators.get(kind, attr.s(eq=False))(Mine)
+
+
+@pytest.mark.parametrize("cls", [Fields, MoreFields, "annotated", "slots", "old style"])
+def test_a_decorator_writes_the_constructor(cls):
+    cls = with_attrs(cls) if isinstance(cls, str) else cls
+    assert next(iter(inspect.signature(cls).parameters)) == "rate"
+    model = cls(rate=0.3)
+    assert (model.rate, type(model.balancer)) == (0.3, PCGrad)
+    trainer().fit(model)
+    assert model.last_balance is not None
+
+
+class Annotated(Step, Balanced, Sized):
+    """Fields that no decorator asks for."""
+
+    note: str = "mine"
+
+
+def test_annotations_alone_hide_no_argument(tmp_path):
+    arguments = list(inspect.signature(NoInit).parameters)
+    shown = inspect.signature(Annotated)
+    assert list(shown.parameters) == arguments
+    assert shown.parameters["rate"].annotation is float
+    assert set(ArgumentParser().add_class_arguments(Annotated)) == {*arguments, "depth"} - {"more"}
+    again, _ = through_a_checkpoint(Annotated(3, tasks=["a", "b"], balancer="pcgrad", rate=0.1), tmp_path)
+    assert (again.width, again.lr, type(again.balancer)) == (3, 0.1, PCGrad)
+    assert list(inspect.signature(Annotated.__init__).parameters)[1:] == arguments
