@@ -13,6 +13,17 @@ reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(di
 NOISE = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
 
 
+def logs_now(trainer: Any) -> bool:
+    """Whether Lightning writes to its loggers in this step: what its own callbacks ask, through a private name."""
+    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)
+
+
+def log_step(trainer: Any) -> int:
+    """The step under which Lightning writes: it counts batches, where ``global_step`` counts every optimizer."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
 def is_named(thing: object, *names: str) -> bool:
     """Whether its class, or one behind it, has one of these names.
 
