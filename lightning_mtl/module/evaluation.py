@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_mtl.compat import logs_now
 from lightning_mtl.engine import mean_over_ranks
 from lightning_mtl.metrics.total_loss import TotalLoss
+from lightning_mtl.module.core import core_of
 from lightning_mtl.module.results import TaskResult
 from lightning_mtl.tasks import TaskRegistry
 
@@ -85,7 +87,7 @@ def log_training(
     *,
     metrics: bool,
 ) -> None:
-    """Log a step: the losses where Lightning logs at all, and on demand the metrics of the epoch.
+    """Log a step: its losses where somebody may look, and on demand the metrics of the epoch.
 
     Args:
         module: logs.
@@ -99,8 +101,7 @@ def log_training(
         shown = tasks[name].update_metrics("train", result.output, result.target, name, result.mask)
         for key, metric in shown.items():
             module.log(f"train/{name}/{key}", metric, on_step=False, on_epoch=True, batch_size=1)
-    every = cast(Any, module.trainer).log_every_n_steps if module._trainer is not None else 0
-    if not every or (module.trainer.global_step + 1) % every:
+    if not _somebody_looks(module):
         return
     values = torch.stack([loss.detach() for loss in losses])
     seen = torch.ones_like(values, dtype=torch.bool) if present is None else present.clone()
@@ -113,3 +114,30 @@ def log_training(
     keys = [f"train/loss/{name}" for name in tasks]
     module.log_dict(dict(zip(keys, values.where(seen, torch.nan), strict=True)), prog_bar=True, batch_size=1)
     module.log("train/loss", values.sum(), batch_size=1)
+
+
+def _somebody_looks(module: pl.LightningModule) -> bool:
+    """Whether a step's losses are logged: for the loggers, for who watches them, and at both ends of an epoch.
+
+    In every step ``self.log`` would take half as long as the step of a small network, and several processes would send
+    one message more. The first batch is for the progress bar, the last for callbacks at the end of the epoch. The ranks
+    take a mean of the losses, so nothing that is asked here may differ between them.
+    """
+    trainer: Any = module._trainer
+    if trainer is None or trainer.barebones or not trainer.training:
+        return False
+    logged: list[bool] = core_of(module).remembered("losses logged in this epoch", list)
+    if not logged or trainer.is_last_batch or logs_now(trainer) or _is_last_step(trainer) or _is_watched(trainer):
+        logged.append(True)
+        return True
+    return False
+
+
+def _is_last_step(trainer: Any) -> bool:
+    return 0 <= trainer.max_steps <= trainer.global_step + len(trainer.optimizers)
+
+
+def _is_watched(trainer: Any) -> bool:
+    """Whether a callback or a scheduler, which may look in any step, names one of these losses."""
+    watched = (getattr(each, "monitor", None) for each in (*trainer.callbacks, *trainer.lr_scheduler_configs))
+    return any(isinstance(key, str) and f"{key}/".startswith("train/loss/") for key in watched)
