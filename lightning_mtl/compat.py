@@ -18,6 +18,11 @@ def logs_now(trainer: Any) -> bool:
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)
 
 
+def is_first_batch(trainer: Any) -> bool:
+    """Whether this batch of training is the first of an epoch, or of what a resumed run makes of it."""
+    return trainer._logger_connector._first_loop_iter is True
+
+
 def log_step(trainer: Any) -> int:
     """The step under which Lightning writes: it counts batches, where ``global_step`` counts every optimizer."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped

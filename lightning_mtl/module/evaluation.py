@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_mtl.compat import logs_now
+from lightning_mtl.compat import is_first_batch, logs_now
 from lightning_mtl.engine import mean_over_ranks
 from lightning_mtl.metrics.total_loss import TotalLoss
-from lightning_mtl.module.core import core_of
 from lightning_mtl.module.results import TaskResult
 from lightning_mtl.tasks import TaskRegistry
 
@@ -126,11 +125,8 @@ def _somebody_looks(module: pl.LightningModule) -> bool:
     trainer: Any = module._trainer
     if trainer is None or trainer.barebones or not trainer.training:
         return False
-    logged: list[bool] = core_of(module).remembered("losses logged in this epoch", list)
-    if not logged or trainer.is_last_batch or logs_now(trainer) or _is_last_step(trainer) or _is_watched(trainer):
-        logged.append(True)
-        return True
-    return False
+    ends = is_first_batch(trainer) or trainer.is_last_batch or _is_last_step(trainer)
+    return ends or logs_now(trainer) or _is_watched(trainer)
 
 
 def _is_last_step(trainer: Any) -> bool:
