@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,14 +27,21 @@ class EvaluationLog:
     """
 
     def __init__(self, stage: str, num_tasks: int) -> None:
-        self.stage = stage
-        self.each = [TotalLoss(1) for _ in range(num_tasks)]
-        self.total = TotalLoss(num_tasks)
+        self.stage, self.num_tasks = stage, num_tasks
+
+    @cached_property
+    def losses(self) -> list[TotalLoss]:
+        """One per task, and the total.
+
+        Made where they are used: the module may be built on the meta device, and no state dict would fill them then.
+        """
+        with torch.inference_mode(False):
+            return [*(TotalLoss(1) for _ in range(self.num_tasks)), TotalLoss(self.num_tasks)]
 
     def start_loader(self, tasks: TaskRegistry) -> None:
         """Lightning has computed what belongs to the loader before, and resets after the last one only."""
         metrics = [metric for _, task in tasks.items() for metric in task._metrics_on(self.stage).values()]
-        for metric in [self.total, *self.each, *metrics]:
+        for metric in [*self.losses, *metrics]:
             metric.reset()
 
     def add(
@@ -54,7 +62,7 @@ class EvaluationLog:
             named: whether there is a loader per task, which the keys tell already; otherwise Lightning numbers several.
             last: whether this is the last loader.
         """
-        names, stage = list(tasks), self.stage
+        names, stage, total = list(tasks), self.stage, self.losses[-1]
 
         def log(key: str, value: Metric) -> None:
             # The attribute would be looked for among the module's, whose names are its user's.
@@ -63,18 +71,18 @@ class EvaluationLog:
 
         for name, result in results.items():
             place, count = names.index(name), result.counts[0]
-            each = self.each[place]
+            each = self.losses[place]
             # The mean of nothing may be NaN.
             loss = torch.zeros_like(result.loss) if result.absent else result.loss
             each.to(loss.device).update(0, loss, count)
-            self.total.to(loss.device).update(place, loss, count)
+            total.to(loss.device).update(place, loss, count)
             log(f"{stage}/loss/{name}", each)
             shown = tasks[name].update_metrics(stage, result.output, result.target, name, result.mask)
             for key, metric in shown.items():
                 log(f"{stage}/{name}/{key}", metric)
         # With a loader per task Lightning takes one key from one loader only; the total is known after the last.
         if last or not named:
-            log(f"{stage}/loss", self.total)
+            log(f"{stage}/loss", total)
 
 
 def log_training(
