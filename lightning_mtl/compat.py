@@ -13,6 +13,22 @@ reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(di
 NOISE = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
 
 
+def logs_now(trainer: Any) -> bool:
+    """Whether Lightning writes to its loggers in this step: what its own callbacks ask, through a private name."""
+    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)
+
+
+def is_first_batch(trainer: Any) -> bool:
+    """Whether this batch of training is the first of an epoch, or of what a resumed run makes of it."""
+    return trainer._logger_connector._first_loop_iter is True
+
+
+def log_step(trainer: Any) -> int:
+    """The step under which Lightning writes: it counts batches, where ``global_step`` counts every optimizer."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
 def is_named(thing: object, *names: str) -> bool:
     """Whether its class, or one behind it, has one of these names.
 

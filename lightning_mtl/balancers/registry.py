@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ def load(name: str, num_tasks: int, **options: Any) -> Balancer:
         0.5
     """
     cls = _find(name)
-    valid = [key for key in inspect.signature(cls).parameters if key != "num_tasks"]
+    valid = _option_names(name)
     unknown = [key for key in options if key not in valid]
     if unknown:
         raise bad_argument(
@@ -61,8 +63,8 @@ def resolve(spec: BalancerSpec, names: Sequence[str], main: Sequence[str] = ()) 
     """Turn whatever a user passed as ``balancer=`` into a balancer bound to the task names and their roles.
 
     Args:
-        spec: a name as in :func:`load`, ``{"class_path": ..., "init_args": {...}}``, a balancer, or a callable
-            that makes one from the number of tasks.
+        spec: a name as in :func:`load`, ``{"class_path": ..., "init_args": {...}}`` with such a name, a balancer, or a
+            callable that makes one from the number of tasks.
         names: the task names in order.
         main: those of the main tasks; by default all.
 
@@ -77,21 +79,14 @@ def resolve(spec: BalancerSpec, names: Sequence[str], main: Sequence[str] = ()) 
 def build(spec: BalancerSpec, num_tasks: int) -> Balancer:
     """As :func:`resolve`, for names that are not known yet."""
     balancer: object
+    spec = _from_command_line(spec)
     if isinstance(spec, Balancer):
         balancer = spec
     elif isinstance(spec, str):
         balancer = load(spec, num_tasks)
     elif isinstance(spec, Mapping):
-        extra = set(spec) - {"class_path", "init_args"}
-        if "class_path" not in spec or extra:
-            raise bad_argument(
-                "balancer",
-                "balancer",
-                "have the keys class_path and init_args",
-                listed(spec),
-                'Write {"class_path": ..., "init_args": {...}}',
-            )
-        balancer = load(spec["class_path"], num_tasks, **_options(spec.get("init_args") or {}))
+        name, options = _parts(spec)
+        balancer = load(name, num_tasks, **options)
     elif callable(spec) and (issubclass(spec, Balancer) if isinstance(spec, type) else not isinstance(spec, nn.Module)):
         balancer = spec(num_tasks)
     else:
@@ -135,31 +130,96 @@ def described(balancer: Balancer | type[Balancer]) -> dict[str, Any]:
     return written
 
 
+def spelled_out(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping that :func:`resolve` takes with the whole class path, which jsonargparse wants of a checkpoint.
+
+    Example:
+        >>> spelled_out({"class_path": "pcgrad", "init_args": {"seed": 3}})
+        {'class_path': 'lightning_mtl.balancers.pcgrad.PCGrad', 'init_args': {'seed': 3}}
+    """
+    name, options = _parts(spec)
+    cls = _find(name)
+    path = name if "." in name else f"{cls.__module__}.{cls.__qualname__}"
+    return {"class_path": path, "init_args": {key: _plain(value) for key, value in options.items()}}
+
+
+def is_spec(value: object) -> bool:
+    """Whether it is a mapping that names a balancer by its short name, its class name or a class path known here."""
+    name = value.get("class_path") if isinstance(value, Mapping) else None
+    if not isinstance(name, str) or ("." in name and name.rpartition(".")[0] not in sys.modules):
+        return False
+    try:
+        return bool(spelled_out(cast("Mapping[str, Any]", value)))
+    except (TypeError, ValueError):
+        return False
+
+
 def _plain(value: Any) -> Any:
+    value = _from_command_line(value)
     if isinstance(value, Balancer) or (isinstance(value, type) and issubclass(value, Balancer)):
         return described(value)
     if isinstance(value, Tensor):
         return value.tolist()
+    if is_spec(value):
+        return spelled_out(value)
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _options(given: object) -> dict[str, Any]:
-    """The ``init_args`` of a mapping."""
+def _from_command_line(spec: Any) -> Any:
+    """Undo what jsonargparse makes of a mapping inside another, and of options after a name unknown to it.
+
+    The one is a namespace, the other a call of ``Balancer`` itself.
+    """
+    if type(spec).__name__ == "Namespace" and hasattr(spec, "as_dict"):
+        return spec.as_dict()
+    if not isinstance(spec, partial) or Balancer not in (spec.func, *spec.args):
+        return spec
+    if "class_path" not in spec.keywords:
+        raise bad_argument(
+            "balancer",
+            "balancer",
+            "have a class_path beside its options",
+            listed(spec.keywords),
+            "Write --model.balancer.class_path=NAME before them",
+        )
+    return dict(spec.keywords)
+
+
+def _parts(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The ``class_path`` of a mapping and its options, which may stand beside it: a command line leaves them there."""
+    extra = {name: value for name, value in spec.items() if name not in ("class_path", "init_args")}
+    if "class_path" not in spec or not set(extra) <= set(_option_names(spec["class_path"])):
+        raise bad_argument(
+            "balancer",
+            "balancer",
+            "have the keys class_path and init_args",
+            listed(spec),
+            'Write {"class_path": ..., "init_args": {...}}',
+        )
+    given = spec.get("init_args") or {}
     if not isinstance(given, Mapping):
         raise bad_argument(
             "balancer", "init_args", "be a mapping of options", type(given).__name__, "Write name: value", TypeError
         )
-    if "num_tasks" in given:
+    options = {**given, **extra}
+    if options.get("num_tasks", 0) is None:  # jsonargparse leaves it open in a mapping inside another
+        del options["num_tasks"]
+    if "num_tasks" in options:
         raise bad_argument(
             "balancer",
             "init_args",
             "leave out num_tasks, which is known from the tasks",
-            given["num_tasks"],
+            options["num_tasks"],
             "Remove it",
         )
-    return dict(given)
+    return spec["class_path"], options
+
+
+def _option_names(name: str) -> dict[str, Any]:
+    """The options of a balancer's class, in their order."""
+    return {key: each for key, each in inspect.signature(_find(name)).parameters.items() if key != "num_tasks"}
 
 
 def _find(name: str) -> type[Balancer]:

@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_mtl.callbacks.new_balance import NewBalance
 from lightning_mtl.checks import check_integer
 from lightning_mtl.linalg import cosines
-from lightning_mtl.types import Balance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ class ConflictHeatmap(pl.Callback):
         every_n_epochs: draw after each n-th epoch, the mean since the last drawing; the last one is always drawn.
         key: name of the image.
 
-    A pair of tasks counts in the steps in which both have a gradient; one that never has is left blank.
+    A pair of tasks counts in the steps that solve and in which both have a gradient; one that never has is left blank.
     Raises: ``ValueError`` if ``every_n_epochs`` is not an integer >= 1.
     """
 
@@ -37,12 +37,21 @@ class ConflictHeatmap(pl.Callback):
         self._sum: torch.Tensor | None = None
         self._count = torch.zeros(())
         self._names: tuple[str, ...] = ()
+        self._balances = NewBalance()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave out what another fit has left."""
+        self._balances.start(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add this step's cosines to the mean."""
-        balance: Balance | None = getattr(pl_module, "last_balance", None)
+        """Who optimizes by hand may call backward past Lightning."""
+        self.on_after_backward(trainer, pl_module)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the cosines of each balance to the mean, once."""
+        balance = self._balances.take(pl_module)
         if balance is not None and balance.gram is not None and bool(torch.isfinite(balance.gram).all()):
             matrix, there = cosines(balance.gram), balance.gram.diagonal() > 0
             both = (there[:, None] & there[None, :]).to(matrix)

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from lightning_mtl.balancers.base import Balancer
-from lightning_mtl.balancers.registry import BalancerSpec, described
+from lightning_mtl.balancers.registry import BalancerSpec, described, is_spec, spelled_out
 from lightning_mtl.module.core import core_of
 
 #: The arguments of ``Balanced``. One of these names that another class's constructor has too is that class's.
@@ -31,15 +31,19 @@ def written(spec: BalancerSpec, made: Balancer) -> str | dict[str, Any]:
     """
     if isinstance(spec, str):
         return spec
-    return dict(deepcopy(spec)) if isinstance(spec, Mapping) else described(made)
+    return spelled_out(spec) if isinstance(spec, Mapping) else described(made)
 
 
 def without_modules(values: Any) -> Any:
-    """Hyper-parameters in which every balancer is written down."""
+    """Hyper-parameters in which every balancer is written down so that a command line takes it again."""
     if not isinstance(values, dict):
         return values
-    found = {name: value for name, value in values.items() if _is_balancer(value)}
-    return {**values, **{name: described(value) for name, value in found.items()}} if found else values
+    found = {name: _written(value) for name, value in values.items() if _is_balancer(value) or is_spec(value)}
+    return {**values, **found} if found else values
+
+
+def _written(value: Any) -> dict[str, Any]:
+    return spelled_out(value) if isinstance(value, Mapping) else described(value)
 
 
 def _is_balancer(value: object) -> bool:

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl.checks import bad_argument, shape, weights_of
+from lightning_mtl.tasks.stage_metrics import off_meta
 from lightning_mtl.tasks.task import Task
 
 
@@ -56,7 +57,8 @@ class ClassificationTask(Task):
                 "For a yes-or-no question use MultiLabelTask with one label",
             )
         if metrics is None:
-            metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
+            with off_meta():
+                metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         super().__init__(head, self._cross_entropy, metrics, target=target, missing=ignore_index, mask=mask, role=role)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         # No buffer: no checkpoint changes it, no cast to half precision rounds it, no meta device leaves it empty.

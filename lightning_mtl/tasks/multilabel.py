@@ -14,6 +14,7 @@ from torchmetrics.classification import BinaryAccuracy, BinaryF1Score
 from lightning_mtl.checks import bad_argument, check_tensor, shape, weights_of
 from lightning_mtl.tasks.cornet import CorNet
 from lightning_mtl.tasks.entries import is_empty
+from lightning_mtl.tasks.stage_metrics import off_meta
 from lightning_mtl.tasks.task import Task
 
 
@@ -57,7 +58,8 @@ class MultiLabelTask(Task):
                 "Change num_labels of one of them",
             )
         if metrics is None:
-            metrics = {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score()}
+            with off_meta():
+                metrics = {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score()}
         super().__init__(head, self._cross_entropy, metrics, target=target, missing="nan", mask=mask, role=role)
         weights = None if pos_weight is None else weights_of(pos_weight, len(self.labels), "pos_weight", self)
         self.pos_weight = weights

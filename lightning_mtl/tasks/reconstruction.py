@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric
 
 from lightning_mtl.checks import bad_argument, check_choice, shape
+from lightning_mtl.tasks.stage_metrics import off_meta
 from lightning_mtl.tasks.task import Task
 
 
@@ -40,7 +41,9 @@ class ReconstructionTask(Task):
     ) -> None:
         check_choice(reduction, ("sum", "mean"), "reduction", "ReconstructionTask")
         self.reduction = reduction
-        metrics = {"mse": MeanSquaredError()} if metrics is None else metrics
+        if metrics is None:
+            with off_meta():
+                metrics = {"mse": MeanSquaredError()}
         super().__init__(head, self._squared_error, metrics, target=target, mask=mask, role=role)
 
     def pick(self, targets: Mapping[str, Any], inputs: Any, name: str) -> tuple[Any, Tensor | None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
 
 from lightning_mtl.checks import bad_argument, check_choice
+from lightning_mtl.tasks.stage_metrics import off_meta
 from lightning_mtl.tasks.task import Task
 from lightning_mtl.tasks.task_loss import Loss
 
@@ -43,7 +44,8 @@ class RegressionTask(Task):
         check_choice(loss, list(_LOSSES), "loss", "RegressionTask")
         self._elementwise = _LOSSES[loss]
         if metrics is None:
-            metrics = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
+            with off_meta():
+                metrics = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
         super().__init__(head, self._loss, metrics, target=target, missing="nan", mask=mask, role=role)
 
     def match(self, output: Any, target: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class StageMetrics(nn.ModuleDict):
         metrics: name -> metric.
         owner: the task, which an error names.
 
-    Raises: ``TypeError`` if it is no mapping of metrics; ``ValueError`` for a name that no log key can hold.
+    Raises: ``TypeError`` if it is no mapping of metrics; ``ValueError`` for a name that no log key can hold, and at the
+    first batch for a metric that was made on the meta device and so has lost the numbers that it starts from.
     """
 
     def __init__(self, metrics: Mapping[str, Metric] | None, owner: object) -> None:
@@ -51,6 +53,8 @@ class StageMetrics(nn.ModuleDict):
                 )
         # "train" would be an attribute of every module, hence the prefix.
         super().__init__({f"on_{stage}": nn.ModuleDict() for stage in STAGES})
+        self.owner_name = type(owner).__name__
+        self.made_on_meta = [name for name, metric in given.items() if any(each.is_meta for each in _defaults(metric))]
         for stage in STAGES:
             group: Any = self[f"on_{stage}"]
             group.update({key_of(name): _fresh(metric) for name, metric in given.items()})
@@ -60,12 +64,51 @@ class StageMetrics(nn.ModuleDict):
         group: Any = self[f"on_{stage}"]
         return {name_of(key): metric for key, metric in group.items()}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StageMetrics:
+        """Metrics keep the numbers that they start from where memory is given up, or asked for without its content."""
+        emptied = "to_empty" in getattr(fn, "__qualname__", "")
+        metrics = [part for part in self.modules() if isinstance(part, Metric)]
+        before = [dict(metric._defaults) for metric in metrics]
+        super()._apply(fn, recurse)
+        for metric, defaults in zip(metrics, before, strict=True):
+            for key, value in metric._defaults.items():
+                old = defaults[key]
+                if not isinstance(value, Tensor) or not isinstance(old, Tensor) or old.is_meta:
+                    continue
+                if value.is_meta:
+                    metric._defaults[key] = old
+                elif emptied:
+                    metric._defaults[key] = old.to(value.device)
+            if emptied:
+                metric.reset()
+        return self
+
     @torch.no_grad()
     def show(self, stage: str, output: Any, target: Any) -> None:
         """Update the metrics of a stage."""
-        for metric in self.on(stage).values():
+        for name, metric in self.on(stage).items():
+            if name in self.made_on_meta and metric.device.type != "meta":
+                raise bad_argument(
+                    self.owner_name,
+                    f"metrics['{name}']",
+                    "know the numbers that it starts from",
+                    "one that was made on the meta device",
+                    "Make it under torch.device('cpu'), or outside of torch.device('meta')",
+                )
             _leave_inference_mode(metric)
             metric.update(output, target)
+
+
+def off_meta() -> AbstractContextManager[Any]:
+    """Where metrics are made: what one starts from is in no state dict, and without memory it would be lost."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
+
+
+def _defaults(metric: Metric) -> Iterator[Tensor]:
+    """The tensors that a metric, or one inside it, starts from."""
+    for part in metric.modules():
+        if isinstance(part, Metric):
+            yield from (value for value in part._defaults.values() if isinstance(value, Tensor))
 
 
 def _fresh(metric: Metric) -> Metric:

@@ -15,6 +15,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_mtl import MultiTaskModule
+from lightning_mtl.balancers.registry import spelled_out
 from lightning_mtl.callbacks import ConflictHeatmap, FinalTable
 from tests.callbacks.wandb_reader import Run, read
 from tests.nets import loader, module, samples, trainer
@@ -99,7 +100,7 @@ def test_evaluation_is_there_after_every_epoch(finished):
 def test_hyper_parameters(finished):
     run, _, _ = finished
     assert run.config["level"] == "parameters"
-    assert run.config["balancer"] == SPEC
+    assert run.config["balancer"] == spelled_out(SPEC)
 
 
 @pytest.mark.parametrize("stage, seed", [("val", 1), ("test", 2)])

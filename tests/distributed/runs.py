@@ -433,7 +433,7 @@ def logs(run: Run) -> dict[str, float]:
     """What was logged in training (the last step's) and in validation."""
     model = MODELS[run.model](run)
     data, parts = training_data(run), run.model in uneven.DATA
-    fitted = trainer_of(run, log_every_n_steps=len(data))
+    fitted = trainer_of(run, log_every_n_steps=50 if run.do == "last_logs" else len(data))
     fitted.fit(model, data, training_data(run) if parts else loader(dataset(run.labels, 4 * BATCH, seed=1)))
     return {key: value.item() for key, value in fitted.callback_metrics.items()}
 
@@ -564,6 +564,7 @@ DO: dict[str, Callable[[Run], Any]] = {
     "fit": fit,
     "recipe": recipe,
     "logs": logs,
+    "last_logs": logs,
     "checkpoint": checkpoint,
     "half": half,
     "buffers": buffers,

@@ -393,7 +393,10 @@ def test_hyper_parameters_are_those_of_the_classes_constructors(model, expected,
 
 SPECS = [
     ("pcgrad", "pcgrad"),
-    ({"class_path": "gradnorm", "init_args": {"alpha": 0.5}}, {"class_path": "gradnorm", "init_args": {"alpha": 0.5}}),
+    ({"class_path": "gradnorm", "init_args": {"alpha": 0.5}}, {
+        "class_path": "lightning_mtl.balancers.gradnorm.GradNorm",
+        "init_args": {"alpha": 0.5},
+    }),
     (lambda: PCGrad(2, seed=3), {"class_path": "lightning_mtl.balancers.pcgrad.PCGrad", "init_args": {"seed": 3}}),
     (lambda: PCGrad, {"class_path": "lightning_mtl.balancers.pcgrad.PCGrad"}),
     (lambda: Uncertainty(2, forms={"b": "classification"}), {

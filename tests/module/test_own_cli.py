@@ -48,10 +48,16 @@ WORDS = {
     "class path": ["--model.balancer", "lightning_mtl.balancers.PCGrad", "--model.balancer.seed", "3"],
     "class name": ["--model.balancer.class_path=PCGrad", "--model.balancer.init_args.seed=3"],
     "mapping": ['--model.balancer={"class_path": "pcgrad", "init_args": {"seed": 3}}'],
+    "mapping of a class name": ['--model.balancer={"class_path": "PCGrad", "init_args": {"seed": 3}}'],
 }
+OF_JSONARGPARSE = (
+    ".*Unable to serialize instance",  # options beside a name that it does not know
+    "(?s).*Instantiating a subclass spec given as value for a type that accepts any value",
+)
+NESTED = '{"class_path": "chain", "init_args": {"then": {"class_path": "pcgrad", "init_args": {"seed": 3}}}}'
 CASES = [
     *((NoInit, words) for words in WORDS),
-    *((cls, words) for cls in (OwnInit, Declared) for words in ("short name", "mapping")),
+    *((cls, words) for cls in (OwnInit, Declared) for words in ("short name", "mapping", "mapping of a class name")),
 ]
 
 
@@ -82,6 +88,41 @@ def test_configuration_and_checkpoint_load_again(cls, words, tmp_path):
         plain = to_plain_checkpoint(checkpoint, tmp_path / "plain.ckpt")
         assert set(plain["hyper_parameters"]) == {"width", "rate", "_instantiator"}
         assert Typed.load_from_checkpoint(tmp_path / "plain.ckpt").lr == 0.02
+
+
+@pytest.mark.parametrize("cls, words", CASES)
+def test_configuration_and_checkpoint_load_together(cls, words, tmp_path):
+    """Lightning merges the two, and jsonargparse then wants whole class paths of the checkpoint."""
+    tasks = ["--model.tasks=[a, b]"] if cls is NoInit else []
+    line(cls, ["fit", *tasks, *WORDS[words], "--model.rate=0.02"], tmp_path)
+    files = ["--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(next(tmp_path.rglob("*.ckpt")))]
+    check(line(cls, ["fit", *files], tmp_path), words)
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{text}" for text in OF_JSONARGPARSE))
+@pytest.mark.parametrize("cls", [NoInit, OwnInit, Declared])
+def test_and_so_does_a_balancer_inside_another(cls, tmp_path):
+    tasks = ["--model.tasks=[a, b]"] if cls is NoInit else []
+    line(cls, ["fit", *tasks, f"--model.balancer={NESTED}", "--model.rate=0.02"], tmp_path)
+    files = ["--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(next(tmp_path.rglob("*.ckpt")))]
+    (inner,) = (part for part in line(cls, ["fit", *files], tmp_path).balancer.modules() if isinstance(part, PCGrad))
+    assert inner.seed == 3
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{text}" for text in OF_JSONARGPARSE))
+@pytest.mark.parametrize("cls", [NoInit, OwnInit, Declared])
+def test_options_after_a_short_name_reach_the_balancer_and_the_checkpoint(cls, tmp_path):
+    tasks = ["--model.tasks=[a, b]"] if cls is NoInit else []
+    words = ["--model.balancer.class_path=pcgrad", "--model.balancer.init_args.seed=3", "--model.rate=0.02"]
+    check(line(cls, ["fit", *tasks, *words], tmp_path), "mapping")
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    check(cls.load_from_checkpoint(checkpoint), "mapping")
+    check(line(cls, ["fit", *tasks, "--ckpt_path", str(checkpoint)], tmp_path), "mapping")
+
+
+def test_options_after_a_name_that_jsonargparse_forgets(tmp_path):
+    with pytest.raises(ValueError, match="balancer: `balancer` must have a class_path beside its options, got 'seed'"):
+        line(NoInit, ["fit", "--model.tasks=[a, b]", "--model.balancer=pcgrad", "--model.balancer.seed=3"], tmp_path)
 
 
 def test_a_class_chosen_on_the_command_line(tmp_path):
