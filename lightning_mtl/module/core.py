@@ -77,7 +77,7 @@ class Core:
 
     def look(self) -> None:
         """At the beginning of a step: keep in mind what belongs to whom, unless something may have changed."""
-        trainer, now = self._trainer(), None
+        trainer, now = self.trainer(), None
         if trainer is not None and trainer.training:
             groups = [tuple(map(id, group["params"])) for opt in trainer.optimizers for group in opt.param_groups]
             now = id(trainer), trainer.current_epoch, groups
@@ -99,7 +99,7 @@ class Core:
         self._seen = None
         self._memory.clear()
 
-    def _trainer(self) -> Any:
+    def trainer(self) -> Any:
         """That of the module, if there is one still."""
         trainer = self.owner._trainer
         try:
@@ -114,7 +114,7 @@ class Core:
 
     def strangers(self) -> list[Tensor]:
         """What the optimizers of a fit train though no module has it, such as heads in a plain list."""
-        trainer = self._trainer()
+        trainer = self.trainer()
         if trainer is None:
             return []
         known = {id(parameter) for parameter in self.owner.parameters()}

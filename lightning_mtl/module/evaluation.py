@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from lightning_mtl.compat import is_first_batch, logs_now
 from lightning_mtl.engine import mean_over_ranks
 from lightning_mtl.metrics.total_loss import TotalLoss
+from lightning_mtl.module.core import core_of
 from lightning_mtl.module.results import TaskResult
 from lightning_mtl.tasks import TaskRegistry
 
@@ -104,6 +105,8 @@ def log_training(
         present: bool ``[T]``, or ``None`` for all.
         metrics: whether to show the batch to the metrics of training.
     """
+    if not _may_log(module):
+        return
     for name, result in results.items() if metrics else ():
         shown = tasks[name].update_metrics("train", result.output, result.target, name, result.mask)
         for key, metric in shown.items():
@@ -118,9 +121,20 @@ def log_training(
             values[place] = torch.where(seen[place], values[place], results[name].loss.detach())
             seen[place] = True
     values = mean_over_ranks(values)
-    keys = [f"train/loss/{name}" for name in tasks]
-    module.log_dict(dict(zip(keys, values.where(seen, torch.nan), strict=True)), prog_bar=True, batch_size=1)
-    module.log("train/loss", values.sum(), batch_size=1)
+    _log_losses(module, list(tasks), values.where(seen, torch.nan), values.sum())
+
+
+@torch.compiler.disable  # what Lightning does there cannot be compiled
+def _log_losses(module: pl.LightningModule, names: Sequence[str], losses: Tensor, total: Tensor) -> None:
+    keys = [f"train/loss/{name}" for name in names]
+    module.log_dict(dict(zip(keys, losses, strict=True)), prog_bar=True, batch_size=1)
+    module.log("train/loss", total, batch_size=1)
+
+
+def _may_log(module: pl.LightningModule) -> bool:
+    """Whether Lightning takes numbers of this module: it does not of a part of the one that it fits."""
+    trainer = core_of(module).trainer()
+    return trainer is not None and trainer.lightning_module is module
 
 
 def _somebody_looks(module: pl.LightningModule) -> bool:
@@ -131,7 +145,7 @@ def _somebody_looks(module: pl.LightningModule) -> bool:
     take a mean of the losses, so nothing that is asked here may differ between them.
     """
     trainer: Any = module._trainer
-    if trainer is None or trainer.barebones or not trainer.training:
+    if trainer.barebones or not trainer.training:
         return False
     ends = is_first_batch(trainer) or trainer.is_last_batch or _is_last_step(trainer)
     return ends or logs_now(trainer) or _is_watched(trainer)

@@ -118,6 +118,17 @@ def test_after_a_fit_too(told):
         torch.testing.assert_close(parameter.grad, sum(w.float() * g for w, g in zip(weights, grads, strict=True)))
 
 
+@pytest.mark.parametrize("metrics", [False, True])
+def test_a_module_outlives_its_trainer(metrics):
+    model = MultiTaskModule(
+        nn.Linear(5, 4), {n: RegressionTask(nn.Linear(4, 1)) for n in "ab"}, "mgda", train_metrics=metrics
+    )
+    trainer(max_epochs=1).fit(model, data(True))
+    model.zero_grad()
+    model.training_step(next(iter(data(True))), 0).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 class Skips(nn.Module):
     """Stochastic depth: every second forward leaves the last block out."""
 
