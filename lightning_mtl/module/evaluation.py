@@ -132,9 +132,9 @@ def _log_losses(module: pl.LightningModule, names: Sequence[str], losses: Tensor
 
 
 def _may_log(module: pl.LightningModule) -> bool:
-    """Whether Lightning takes numbers of this module: it does not of a part of the one that it fits."""
+    """Whether Lightning takes numbers of this module: in a fit, and not of a part of the one that it fits."""
     trainer = core_of(module).trainer()
-    return trainer is not None and trainer.lightning_module is module
+    return trainer is not None and trainer.training and trainer.lightning_module is module
 
 
 def _somebody_looks(module: pl.LightningModule) -> bool:
@@ -145,7 +145,7 @@ def _somebody_looks(module: pl.LightningModule) -> bool:
     take a mean of the losses, so nothing that is asked here may differ between them.
     """
     trainer: Any = module._trainer
-    if trainer.barebones or not trainer.training:
+    if trainer.barebones:
         return False
     ends = is_first_batch(trainer) or trainer.is_last_batch or _is_last_step(trainer)
     return ends or logs_now(trainer) or _is_watched(trainer)
