@@ -141,6 +141,8 @@ def _shares(loss: TaskLoss, name: str, owner: object) -> Sequence[Tensor]:
     found: list[Tensor] = []
     for part in parts:
         value = torch.tensor(float(part)) if isinstance(part, Real) and not isinstance(part, bool) else part
+        if isinstance(value, Tensor) and value.ndim and value.numel() == 1:
+            value = value.reshape(())  # as backward() of a plain sum takes it
         check_task_loss(value, name, owner)
         assert isinstance(value, Tensor)
         # A subclass (with labels, with meta data) has no use for them in a sum of losses.

@@ -79,7 +79,7 @@ def found(
                 "be apart in the graph where it shall tell who is shared",
                 "several outputs of one node (a criterion, a compiled model), or parts of one tensor (stack, cat)",
                 "Pass features=, the tensors that all heads read, or shared=, the shared parameters; or compute each "
-                "loss from its own head's output, and compile encoder and heads apart",
+                "loss from its own head's output, and compile encoder and heads apart (lightning_mtl.boundary)",
             )
         return _in_graph(whole, losses[0].device, model, complete=len(whole) == num_tasks)
     own = reached(whole, model.owner) if model.own is None else model.own

@@ -365,3 +365,19 @@ def test_a_step_without_a_solve_leaves_out_who_was_absent_in_the_solve(name, lev
             expected += [o if g is None else g for g, o in zip(grads[2:], own[2:], strict=True)]
             step(loop, net, given, balancer, z, level)
         assert_right(net.parameters(), expected)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("size", [(1,), (1, 1)])
+def test_a_loss_of_one_entry_is_a_scalar(size, loop):
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    losses = {"a": (weight * 2).sum().reshape(size), "b": (weight[:1] * 3).reshape(size)}
+    if loop:
+        lightning_mtl.backward(losses, load("mgda", 2), shared=[weight])
+    else:
+        module = Own(nn.ParameterList([weight]), ["a", "b"], "mgda")
+        module.balance(losses, shared=[weight]).backward()
+    # Rows (2, 2) and (3, 0): the shortest convex combination.
+    t = 0.6
+    expected = t * torch.tensor([2.0, 2.0]) + (1 - t) * torch.tensor([3.0, 0.0])
+    torch.testing.assert_close(weight.grad, expected)
