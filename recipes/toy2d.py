@@ -57,8 +57,9 @@ def losses_at(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     valley_2 = torch.log((0.5 * (-x1 + 3) + bend + 2).abs().clamp(min=FLOOR)) + 6
     bowl_1 = ((x1 - 7) ** 2 + 0.1 * (x2 + 8) ** 2) / 10 - 20
     bowl_2 = ((x1 + 7) ** 2 + 0.1 * (x2 + 8) ** 2) / 10 - 20
-    # On the line x2 = 0 itself clamp passes the gradient on, so the start (0, 0) is not stationary.
-    above, below = torch.tanh(0.5 * x2).clamp(min=0), torch.tanh(-0.5 * x2).clamp(min=0)
+    # On the line x2 = 0 itself both have their slope, so the start (0, 0) is not stationary; clamp would pass the
+    # gradient on there in some versions of torch, and not in others.
+    above, below = (torch.tanh(0.5 * side).where(side >= 0, 0.0) for side in (x2, -x2))
     return torch.stack([scale * (above * valley_1 + below * bowl_1), above * valley_2 + below * bowl_2], -1)
 
 

@@ -15,6 +15,7 @@ from lightning_mtl import Balanced, MultiTaskModule, to_plain_checkpoint
 from lightning_mtl.balancers import BalancerSpec, PCGrad
 from tests.module.written import Net, Step
 from tests.nets import Samples, mlp, samples, three_tasks
+from tests.versions import needs
 
 
 class Typed(Net):
@@ -112,6 +113,7 @@ def test_and_so_does_a_balancer_inside_another(cls, tmp_path):
 @pytest.mark.filterwarnings(*(f"ignore:{text}" for text in OF_JSONARGPARSE))
 @pytest.mark.parametrize("cls", [NoInit, OwnInit, Declared])
 def test_options_after_a_short_name_reach_the_balancer_and_the_checkpoint(cls, tmp_path):
+    needs("lightning", "2.5.5", "a command line that reads the checkpoint's settings")
     tasks = ["--model.tasks=[a, b]"] if cls is NoInit else []
     words = ["--model.balancer.class_path=pcgrad", "--model.balancer.init_args.seed=3", "--model.rate=0.02"]
     check(line(cls, ["fit", *tasks, *words], tmp_path), "mapping")
