@@ -73,6 +73,17 @@ class PyramidHead(nn.Module):
         return self.linear(torch.cat([features["fine"], features["coarse"][0]], dim=1))
 
 
+class Instances(nn.Module):
+    """Features of the images, and those of the instances that were found in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.body(x) for name, x in inputs.items()}
+
+
 def three_tasks(width: int = WIDTH) -> dict[str, Task]:
     """A classification and two regressions whose losses differ in scale and whose gradients conflict."""
     return {

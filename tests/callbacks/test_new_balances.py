@@ -131,8 +131,8 @@ def test_what_is_old_is_not_shown_again(every, before, accumulate, tmp_path):
     options = {"log_every_n_steps": every, "accumulate_grad_batches": accumulate, "max_epochs": 3}
     heatmap = ConflictHeatmap(every_n_epochs=9)
     added = []
-    heatmap._draw = lambda trainer, matrix, epoch: None  # type: ignore[method-assign]
-    heatmap._mean = lambda total: added.append(int(heatmap._count[0, 1])) or total  # type: ignore[method-assign]
+    heatmap._draw = lambda trainer, matrix, epoch: None
+    heatmap._mean = lambda total: added.append(int(heatmap._count[0, 1])) or total
     callbacks = [Freeze(5 * accumulate), heatmap]
     logged = run(Own(), tmp_path, size=128 * accumulate, callbacks=callbacks, **options)
     for key in ("weight/a", "norm/b", "cosine/a/b", "conflict"):
@@ -176,7 +176,7 @@ def test_a_pace_of_its_own_counts_optimizer_steps(every, steps, tmp_path):
 def test_a_heatmap_sees_every_backward():
     heatmap = ConflictHeatmap(every_n_epochs=9)
     counts = []
-    heatmap._draw = lambda trainer, matrix, epoch: None  # type: ignore[method-assign]
-    heatmap._mean = lambda total: counts.append(int(heatmap._count[0, 1])) or total  # type: ignore[method-assign]
+    heatmap._draw = lambda trainer, matrix, epoch: None
+    heatmap._mean = lambda total: counts.append(int(heatmap._count[0, 1])) or total
     trainer(callbacks=[heatmap]).fit(ByHand(every_n_steps=2, backwards=3), loader(256))
     assert set(counts) == {3 * 16 // 2}

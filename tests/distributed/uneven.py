@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.tasks import ClassificationTask, RegressionTask, Task
-from tests.nets import WIDTH, mlp, samples
+from tests.nets import WIDTH, Instances, mlp, samples
 
 Part = tuple[Any, dict[str, Tensor]]
 
@@ -65,15 +65,6 @@ def positions(index: int, begin: int, num: int) -> Part:
 SIZES = [((0, 11), (11, 5)), ((0, 2), (2, 14)), ((0, 8), (8, 8)), ((0, 1), (1, 9))]
 FEW = 2
 FOUND = [((0, 3), (16, 0)), ((0, 0), (16, 0)), ((0, 2), (16, 5)), ((0, 0), (16, 4)), ((0, 1), (16, 2))]
-
-
-class Instances(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = mlp()
-
-    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.body(x) for name, x in inputs.items()}
 
 
 class Of(nn.Module):
@@ -127,7 +118,7 @@ def switched(world: int) -> dict[str, Task]:
 
     one = partial(F.mse_loss, reduction="none")
     size = Task(nn.Linear(WIDTH, 1), loss if world > 1 else one, missing=None if world > 1 else "nan")
-    size.match = lambda output, target, name: (output.squeeze(1), target)  # type: ignore[method-assign]
+    size.match = lambda output, target, name: (output.squeeze(1), target)
     return complete() | {"size": size}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.tasks import ClassificationTask, MultiLabelTask, ReconstructionTask, RegressionTask, Task
-from tests.nets import WIDTH, mlp, samples, sgd, trainer
+from tests.nets import WIDTH, Instances, samples, sgd, trainer
 
 
 def scalar_classes(output: Tensor, target: Tensor) -> Tensor:
@@ -129,17 +129,6 @@ def test_metrics_do_not_see_it(name):
 def test_an_output_without_its_target_is_refused_as_before():
     with pytest.raises(ValueError, match=r"target of 'a'` must have the shape of the output, \[2, 1\], got \[0\]"):
         RegressionTask(nn.Identity()).mean_loss(torch.zeros(2, 1), torch.zeros(0), "a")
-
-
-class Instances(nn.Module):
-    """Features of the images, and those of the instances that were found in them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = mlp()
-
-    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.body(x) for name, x in inputs.items()}
 
 
 class Of(nn.Module):

@@ -42,6 +42,8 @@ class Balancer(State):
 
     #: Levels at which the method is defined.
     levels: ClassVar[tuple[str, ...]] = ("parameters", "features")
+    #: What a memory per parameter is of: keys in their order, each with its width. The engine keeps it.
+    followed: Mapping[object, int] | None = None
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate, groupby
 
@@ -130,9 +131,11 @@ def _groups(step: Step, balancer: GramBalancer | RowBalancer, sizes: list[int]) 
             "Change it, or use Balanced or MultiTaskModule",
         )
     found: dict[object, int] = {}
+    times: Counter[int] = Counter()
     for layer, members in groupby(zip(step.layers, sizes, strict=True), key=lambda pair: pair[0]):
         # A layer whose parameters do not stand side by side is several groups.
-        found[layer, sum(key[0] == layer for key in found)] = sum(size for _, size in members)  # type: ignore[index]
+        found[layer, times[layer]] = sum(size for _, size in members)
+        times[layer] += 1
     return found
 
 
@@ -143,8 +146,7 @@ def _follow(balancer: GramBalancer | RowBalancer, places: Mapping[object, int]) 
         balancer: any.
         places: key of each parameter, or group of them -> how many columns, or groups, it is, in their order.
     """
-    before: Mapping[object, int] | None = getattr(balancer, "_places", None)
-    balancer._places = places  # type: ignore[assignment]
+    before, balancer.followed = balancer.followed, places
     # Of a copy, or after a resume, the parameters are others, in the same order.
     if before is None or before == places or not before.keys() & places.keys():
         return
